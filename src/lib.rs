@@ -11,6 +11,7 @@ mod error;
 mod format;
 mod ids;
 mod keys;
+mod page;
 mod secret;
 #[cfg(feature = "test-util")]
 pub mod testing;
@@ -23,4 +24,7 @@ pub use format::page::{Location, MAX_PAYLOAD, OVERHEAD, PageContext, Suite, Trai
 pub use format::wrapped::Purpose;
 pub use ids::{ClusterId, DatabaseId, FileId, Generation, MasterKeyId, SealId};
 pub use keys::wrapper::{KeyWrapper, WrapContext, WrappedKey};
+pub use page::batch::PageJob;
+pub use page::cipher::PageCipher;
+pub use page::pool::{Inline, Pool, Threads};
 pub use secret::KeyPayload;

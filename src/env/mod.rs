@@ -12,10 +12,18 @@ use ring::rand::SecureRandom;
 
 pub(crate) use hardware::HardwareSource;
 
+use crate::error::{Error, ErrorKind};
+
 /// No random bytes could be had.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("the system gave no random bytes")]
 pub struct NoRandomness;
+
+impl From<NoRandomness> for Error {
+    fn from(error: NoRandomness) -> Self {
+        Self::with_source(ErrorKind::Resources, error.to_string(), error)
+    }
+}
 
 /// A source of randomness.
 pub trait Entropy: Send + Sync {

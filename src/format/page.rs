@@ -184,6 +184,12 @@ impl SubkeyName {
         sub_array(&self.0, 0)
     }
 
+    /// The two halves of the salt as numbers, to place the subkey in a table by.
+    #[inline]
+    pub(crate) fn halves(&self) -> (u64, u64) {
+        (u64::from_le_bytes(sub_array(&self.0, 0)), u64::from_le_bytes(sub_array(&self.0, 8)))
+    }
+
     pub(crate) fn generation(&self) -> Option<Generation> {
         let [a, b, c] = sub_array(&self.0, SALT_LEN);
         Generation::new(u32::from_le_bytes([a, b, c, 0]))

@@ -1,1 +1,2 @@
 pub(crate) mod wrapper;
+pub(crate) mod keyring;

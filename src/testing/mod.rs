@@ -1,6 +1,8 @@
 //! For tests, of this crate and of its users (feature `test-util`): the cipher path over keys and nonces of the caller's
 //! choice, as published test vectors need it. Never seal data with it: it takes a nonce.
 
+pub mod simulation;
+
 use crate::aead::{self, AeadKey, AesBackend};
 use crate::error::{PageError, Result};
 use crate::format::page::Suite;
@@ -48,4 +50,30 @@ pub fn hkdf_expand(parent: &[u8; 32], info: &[u8], out: &mut [u8]) -> bool {
 fn raw_key(suite: Suite, backend: AesBackend, key: &[u8; 32]) -> Result<Locked<AeadKey>> {
     aead::check_suite(suite)?;
     Ok(Locked::new_with(|| AeadKey::set_up(key, suite, backend).map_err(|error: PageError| error))?)
+}
+
+/// A cipher over a fresh data key that no keystore knows: pages sealed with it are lost with it. For tests of the page path.
+///
+/// # Errors
+/// [`crate::ErrorKind::Unsupported`] for a suite that this build or machine lacks; no locked memory.
+pub fn stray_cipher(suite: Suite, backend: AesBackend) -> Result<crate::PageCipher> {
+    use crate::{env::Env, ids::*, keys::keyring::*, page::subkeys::SubkeyCache, secret::SecretKey};
+    aead::check_suite(suite)?;
+    let env = Env::system();
+    let key = SecretKey::fill_with(|out| env.entropy.fill(out).map_err(crate::Error::from))?;
+    let seal = SealId::from_bytes(env.random()?);
+    let keyring = Keyring::new(
+        DatabaseId::from_bytes(env.random()?),
+        vec![DataKey { generation: Generation::FIRST, suite, seal, key }],
+    )?;
+    let subkeys = std::sync::Arc::new(SubkeyCache::new(1024));
+    Ok(crate::PageCipher::new(keyring, backend, subkeys, std::sync::Arc::default(), env))
+}
+
+/// Moves the running session of `cipher` to `seals` seals and `units` units of 512 bytes, to test its end.
+///
+/// # Errors
+/// A [`PageError`] if no session could be opened.
+pub fn set_session_counter(cipher: &crate::PageCipher, seals: u32, units: u32) -> Result<(), PageError> {
+    cipher.set_counter(seals, units)
 }
