@@ -13,6 +13,7 @@ mod ids;
 mod keys;
 mod page;
 mod secret;
+mod storage;
 #[cfg(feature = "test-util")]
 pub mod testing;
 
@@ -28,3 +29,4 @@ pub use page::batch::PageJob;
 pub use page::cipher::PageCipher;
 pub use page::pool::{Inline, Pool, Threads};
 pub use secret::KeyPayload;
+pub use storage::page_file::{Appender, PageFile, PageFileOptions, Read, ReadJob};

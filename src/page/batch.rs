@@ -100,7 +100,7 @@ impl PageCipher {
         if let Err(error) = self.0.check_fork() {
             return fail_all(jobs, error);
         }
-        share_out(pool, jobs, &|_, chunk| chunk.iter_mut().for_each(|job| job.result = job.open(self)));
+        share_out(pool, jobs, average_len(jobs), &|_, chunk| chunk.iter_mut().for_each(|job| job.result = job.open(self)));
         count_failed(jobs)
     }
 
@@ -118,7 +118,7 @@ impl PageCipher {
         let Ok(nonces) = leased.draw(self.0.entropy()) else {
             return fail_all(jobs, PageError::Randomness);
         };
-        share_out(pool, jobs, &|first, chunk| {
+        share_out(pool, jobs, average_len(jobs), &|first, chunk| {
             for (index, job) in (first..).zip(chunk) {
                 job.result = job.seal(session, &nonces, index);
             }
@@ -128,16 +128,18 @@ impl PageCipher {
 }
 
 /// The jobs that no thread has taken yet.
-struct Queue<'q, 'j> {
-    rest: &'q mut [PageJob<'j>],
+struct Queue<'q, J> {
+    rest: &'q mut [J],
     next: u32,
 }
 
-impl<'q, 'j> Queue<'q, 'j> {
+impl<'q, J> Queue<'q, J> {
     /// Takes the next jobs: a share of what is left that shrinks towards the end, so that all threads end together.
-    fn take(&mut self, threads: usize) -> Option<(u32, &'q mut [PageJob<'j>])> {
-        let page = self.rest.first()?.len().max(1);
-        let share = (self.rest.len() / (4 * threads)).max(LEAST_BYTES.div_ceil(page)).min(self.rest.len());
+    fn take(&mut self, threads: usize, least: usize) -> Option<(u32, &'q mut [J])> {
+        if self.rest.is_empty() {
+            return None;
+        }
+        let share = (self.rest.len() / (4 * threads)).max(least).min(self.rest.len());
         let (taken, rest) = std::mem::take(&mut self.rest).split_at_mut(share);
         let first = self.next;
         self.rest = rest;
@@ -146,20 +148,27 @@ impl<'q, 'j> Queue<'q, 'j> {
     }
 }
 
-/// Gives every job to exactly one call of `work`, with the index of the first job of its chunk. Which thread gets which is
-/// decided here and not by the pool, so a pool that repeats or drops tasks cannot make a page be sealed twice.
-fn share_out(pool: &dyn Pool, jobs: &mut [PageJob<'_>], work: &(dyn Fn(u32, &mut [PageJob<'_>]) + Sync)) {
-    let bytes: usize = jobs.iter().map(PageJob::len).sum();
+/// Gives every job, of about `job_len` bytes, to exactly one call of `work`, with the index of the first job of its chunk.
+/// Which thread gets which is decided here and not by the pool, so a pool that repeats or drops tasks cannot make a page be
+/// sealed twice.
+pub(crate) fn share_out<J: Send>(
+    pool: &dyn Pool,
+    jobs: &mut [J],
+    job_len: usize,
+    work: &(dyn Fn(u32, &mut [J]) + Sync),
+) {
+    let bytes = jobs.len() * job_len;
     let threads = if bytes < INLINE_BYTES { 1 } else { pool.threads().clamp(1, bytes / LEAST_BYTES) };
     if threads == 1 {
         return scoped(|| work(0, jobs));
     }
+    let least = LEAST_BYTES.div_ceil(job_len.max(1));
     let queue = Mutex::new(Queue { rest: jobs, next: 0 });
     let task = |_| {
         scoped(|| {
             loop {
                 // A guard in the condition of `while let` would be held while working.
-                let taken = queue.lock().unwrap_or_else(PoisonError::into_inner).take(threads);
+                let taken = queue.lock().unwrap_or_else(PoisonError::into_inner).take(threads, least);
                 let Some((first, chunk)) = taken else { break };
                 work(first, chunk);
             }
@@ -167,6 +176,11 @@ fn share_out(pool: &dyn Pool, jobs: &mut [PageJob<'_>], work: &(dyn Fn(u32, &mut
     };
     pool.run(threads, &task);
     task(0);
+}
+
+/// What the jobs have in common: their average length.
+fn average_len(jobs: &[PageJob<'_>]) -> usize {
+    jobs.iter().map(PageJob::len).sum::<usize>().checked_div(jobs.len()).unwrap_or(0)
 }
 
 fn fail_all(jobs: &mut [PageJob<'_>], error: PageError) -> usize {

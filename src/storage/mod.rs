@@ -1,0 +1,4 @@
+//! Files of sealed pages.
+
+pub(crate) mod map;
+pub(crate) mod page_file;
