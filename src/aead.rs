@@ -53,10 +53,9 @@ impl AesHardware {
 pub(crate) fn check_suite(suite: Suite) -> Result<(), Error> {
     match suite {
         Suite::Aes256Gcm | Suite::ChaCha20Poly1305 => Ok(()),
-        Suite::Aegis256X2 if !cfg!(feature = "aegis") => Err(Error::new(
-            ErrorKind::Unsupported,
-            "suite AEGIS-256X2 is not in this build; enable feature `aegis`",
-        )),
+        Suite::Aegis256X2 if !cfg!(feature = "aegis") => {
+            Err(Error::new(ErrorKind::Unsupported, "suite AEGIS-256X2 is not in this build; enable feature `aegis`"))
+        }
         Suite::Aegis256X2 if AesHardware::detect() == AesHardware::None => Err(Error::new(
             ErrorKind::Unsupported,
             "suite AEGIS-256X2 needs AES hardware, which this processor lacks; choose ChaCha20-Poly1305",
@@ -140,9 +139,8 @@ impl AeadKey {
                 tag.expect("a payload is shorter than the 64 GiB limit of GCM").into()
             }
             #[cfg(feature = "aegis")]
-            Self::Aegis(key) => {
-                ::aegis::aegis256x2::Aegis256X2::<TAG_LEN>::new(key, &aegis_nonce(nonce, salt)).encrypt_in_place(data, aad)
-            }
+            Self::Aegis(key) => ::aegis::aegis256x2::Aegis256X2::<TAG_LEN>::new(key, &aegis_nonce(nonce, salt))
+                .encrypt_in_place(data, aad),
         };
         let _ = salt;
         wipe_vector_registers();
@@ -191,7 +189,8 @@ fn aegis_nonce(nonce: [u8; NONCE_LEN], salt: &[u8; SALT_LEN]) -> [u8; 32] {
     out
 }
 
-const _: () = assert!(AAD_LEN.is_multiple_of(16), "ring hashes associated data in blocks of 16; a part block costs as much");
+const _: () =
+    assert!(AAD_LEN.is_multiple_of(16), "ring hashes associated data in blocks of 16; a part block costs as much");
 
 /// Derives a secret key in locked memory: HKDF-Expand-SHA256(parent, info, 32), RFC 5869 section 2.3. Parents are uniform
 /// keys, so HKDF-Extract would add nothing.

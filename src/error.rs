@@ -296,7 +296,10 @@ mod tests {
         assert_eq!(error.kind(), ErrorKind::Disabled);
         assert!(!error.is_retryable());
         let text = error.to_string();
-        assert!(text.contains("aws-kms:k1") && text.contains("enable it") && text.contains("DisabledException"), "{text}");
+        assert!(
+            text.contains("aws-kms:k1") && text.contains("enable it") && text.contains("DisabledException"),
+            "{text}"
+        );
         let source = std::error::Error::source(&error).and_then(|inner| inner.source());
         assert!(source.is_some_and(|source| source.is::<KmsError>()));
     }
@@ -314,8 +317,7 @@ mod tests {
 
     #[test]
     fn a_page_error_names_the_database_the_file_and_the_page() {
-        let error =
-            Error::page(PageError::Authentication, DatabaseId::from_bytes([0xab; 16]), FileId::new(0x17), 42);
+        let error = Error::page(PageError::Authentication, DatabaseId::from_bytes([0xab; 16]), FileId::new(0x17), 42);
         let text = error.to_string();
         assert!(text.contains("page 42"), "{text}");
         assert!(text.contains("0000000000000017") && text.contains("abababab"), "{text}");

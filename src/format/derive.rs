@@ -68,7 +68,13 @@ pub(crate) struct Info(pub(crate) [u8; INFO_LEN]);
 
 impl Info {
     /// For keys derived from a data key.
-    pub(crate) fn data(label: Label, seal: SealId, salt: &[u8; SALT_LEN], generation: Generation, suite: Suite) -> Self {
+    pub(crate) fn data(
+        label: Label,
+        seal: SealId,
+        salt: &[u8; SALT_LEN],
+        generation: Generation,
+        suite: Suite,
+    ) -> Self {
         Self::encode(label, seal.to_bytes(), salt, generation_bytes(generation), suite.to_byte())
     }
 

@@ -122,11 +122,7 @@ pub struct Trailer(pub [u8; OVERHEAD]);
 
 impl Trailer {
     #[inline]
-    pub(crate) fn new(
-        tag: &[u8; TAG_LEN],
-        nonce: &[u8; NONCE_LEN],
-        name: &SubkeyName,
-    ) -> Self {
+    pub(crate) fn new(tag: &[u8; TAG_LEN], nonce: &[u8; NONCE_LEN], name: &SubkeyName) -> Self {
         let mut bytes = [0; OVERHEAD];
         bytes[..16].copy_from_slice(tag);
         bytes[16..28].copy_from_slice(nonce);
@@ -163,7 +159,10 @@ impl Trailer {
 
 impl std::fmt::Debug for Trailer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Trailer").field("generation", &self.generation()).field("suite", &self.suite()).finish_non_exhaustive()
+        f.debug_struct("Trailer")
+            .field("generation", &self.generation())
+            .field("suite", &self.suite())
+            .finish_non_exhaustive()
     }
 }
 
@@ -244,8 +243,8 @@ mod tests {
     fn golden_associated_data_bytes() {
         let context = PageContext::page(FileId::new(0x0102_0304_0506_0708), 0x1112_1314_1516_1718).with_version(0x2122);
         let golden = [
-            8, 7, 6, 5, 4, 3, 2, 1, 0x18, 0x17, 0x16, 0x15, 0x14, 0x13, 0x12, 0x11, 0x22, 0x21, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0,
-            0, 0, 0, 0,
+            8, 7, 6, 5, 4, 3, 2, 1, 0x18, 0x17, 0x16, 0x15, 0x14, 0x13, 0x12, 0x11, 0x22, 0x21, 0, 0, 0, 0, 0, 0, 3, 0,
+            0, 0, 0, 0, 0, 0,
         ];
         assert_eq!(context.associated_data(), golden);
     }

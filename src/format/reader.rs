@@ -47,11 +47,31 @@ impl<'a> Reader<'a> {
 
     /// Reads `len` bytes that must be zero.
     pub(crate) fn zeros(&mut self, len: usize) -> Result<(), Malformed> {
-        if self.bytes(len)?.iter().all(|&byte| byte == 0) { Ok(()) } else { Err(Malformed("reserved bytes are not zero")) }
+        if self.bytes(len)?.iter().all(|&byte| byte == 0) {
+            Ok(())
+        } else {
+            Err(Malformed("reserved bytes are not zero"))
+        }
     }
 
     pub(crate) fn is_empty(&self) -> bool {
         self.rest.is_empty()
+    }
+
+    /// How many bytes are left.
+    pub(crate) fn remaining(&self) -> usize {
+        self.rest.len()
+    }
+
+    /// Ends the reading with whatever is left.
+    pub(crate) fn rest(self) -> &'a [u8] {
+        self.rest
+    }
+
+    /// Reads a `u16` length of at most `max`, and as many bytes. The text says what is too long.
+    pub(crate) fn short(&mut self, max: usize, too_long: Malformed) -> Result<&'a [u8], Malformed> {
+        let len = usize::from(self.u16()?);
+        if len > max { Err(too_long) } else { self.bytes(len) }
     }
 
     /// Ends the reading: whatever is left must be zero (padding).
@@ -78,6 +98,17 @@ mod tests {
         assert_eq!(reader.u24(), Ok(0x0003_0201));
         assert!(reader.u8().is_err());
         assert!(reader.finish().is_ok());
+    }
+
+    #[test]
+    fn a_short_part_is_bounded_by_its_limit_and_by_what_is_there() {
+        let read = |bytes: &'static [u8], max| Reader::new(bytes).short(max, Malformed("too long"));
+        assert_eq!(read(b"\x02\x00abc", 2), Ok(&b"ab"[..]));
+        assert_eq!(read(b"\x02\x00abc", 1), Err(Malformed("too long")));
+        assert!(read(b"\x02\x00a", 2).is_err());
+        assert!(read(b"\x02", 2).is_err());
+        assert_eq!(Reader::new(b"abc").remaining(), 3);
+        assert_eq!(Reader::new(b"abc").rest(), b"abc");
     }
 
     #[test]

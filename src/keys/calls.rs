@@ -105,9 +105,13 @@ impl Lane {
             }
         };
         let crew = self.crew_of_this_process();
-        if let Err(error) = crew.take_on(job) {
-            let text = format!("no thread could be started for the call to master key {}: {error}", self.id);
-            let _ = sender.send(Err(KmsError::with_source(KmsClass::Unreachable, text)));
+        match crew.take_on(job) {
+            Ok(TakenOn::Thread) => started.store(true, Ordering::Relaxed),
+            Ok(TakenOn::Line) => {}
+            Err(error) => {
+                let text = format!("no thread could be started for the call to master key {}: {error}", self.id);
+                let _ = sender.send(Err(KmsError::with_source(KmsClass::Unreachable, text)));
+            }
         }
         Pending { id: self.id.clone(), timeout: request.timeout, deadline, started, answer, crew }
     }
@@ -195,6 +199,12 @@ struct State {
     waiting: VecDeque<Job>,
 }
 
+/// Where a job went.
+enum TakenOn {
+    Thread,
+    Line,
+}
+
 struct Job {
     deadline: Instant,
     run: Box<dyn FnOnce() + Send>,
@@ -207,12 +217,12 @@ impl Crew {
 
     /// # Errors
     /// The system's, if it gives no thread; then the job is dropped.
-    fn take_on(self: &Arc<Self>, job: Job) -> io::Result<()> {
+    fn take_on(self: &Arc<Self>, job: Job) -> io::Result<TakenOn> {
         {
             let mut state = self.lock();
             if state.busy >= self.bound {
                 state.waiting.push_back(job);
-                return Ok(());
+                return Ok(TakenOn::Line);
             }
             state.busy += 1;
         }
@@ -221,7 +231,7 @@ impl Crew {
         if spawned.is_err() {
             self.lock().busy -= 1;
         }
-        spawned.map(drop)
+        spawned.map(|_| TakenOn::Thread)
     }
 
     /// Runs one job after the other, and ends when none waits.
@@ -248,7 +258,7 @@ impl Crew {
     /// Drops the calls in line for which nobody waits any more, and with them the payloads that they hold.
     fn drop_expired(&self) {
         let now = Instant::now();
-        let expired: Vec<Job> = {
+        let expired: VecDeque<Job> = {
             let mut state = self.lock();
             let (expired, waiting) = state.waiting.drain(..).partition(|job| job.deadline <= now);
             state.waiting = waiting;
@@ -260,5 +270,212 @@ impl Crew {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod fixtures {
+    use super::*;
+    use crate::secret::KeyPayload;
+
+    /// About the data key of generation 3 of database d2, with a time-out that no sound call reaches.
+    pub(crate) fn request() -> WrapRequest {
+        WrapRequest {
+            cluster: ClusterId::from_bytes([0xc1; 16]),
+            database: Some(DatabaseId::from_bytes([0xd2; 16])),
+            generation: Generation::new(3).unwrap(),
+            purpose: Purpose::Data,
+            timeout: Duration::from_secs(60),
+        }
+    }
+
+    pub(crate) fn payload(byte: u8) -> Arc<KeyPayload> {
+        Arc::new(KeyPayload::from_bytes(&mut [byte; KeyPayload::LEN]).unwrap())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::fixtures::{payload, request};
+    use super::*;
+    use crate::keys::wrapper::WrappedKey;
+    use crate::kms::scripted::ScriptedWrapper;
+    use crate::secret::KeyPayload;
+
+    fn lane(wrapper: &ScriptedWrapper) -> Lane {
+        Lane::new(Arc::new(wrapper.clone()))
+    }
+
+    /// Starts a wrap that is waited for `millis` long.
+    fn start(lane: &Lane, millis: u64) -> Pending<WrappedKey> {
+        start_with(lane, millis, &payload(1))
+    }
+
+    fn start_with(lane: &Lane, millis: u64, payload: &Arc<KeyPayload>) -> Pending<WrappedKey> {
+        let request = WrapRequest { timeout: Duration::from_millis(millis), ..request() };
+        let payload = Arc::clone(payload);
+        lane.start(&request, request.deadline(), move |wrapper, cx| wrapper.wrap_key(&payload, cx))
+    }
+
+    fn class<T>(outcome: Result<T, KmsError>) -> Option<KmsClass> {
+        outcome.err().map(|error| error.class)
+    }
+
+    /// Waits for what another thread is about to do.
+    fn eventually(what: &str, done: impl Fn() -> bool) {
+        let start = Instant::now();
+        while !done() {
+            assert!(start.elapsed() < Duration::from_secs(30), "{what}");
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    fn busy(lane: &Lane) -> usize {
+        lane.crew_of_this_process().lock().busy
+    }
+
+    #[test]
+    fn a_hanging_call_is_abandoned_at_its_deadline() {
+        let wrapper = ScriptedWrapper::new("k");
+        let lane = lane(&wrapper);
+        wrapper.hang();
+        let begun = Instant::now();
+        let error = start(&lane, 100).wait().unwrap_err();
+        assert!(begun.elapsed() >= Duration::from_millis(100));
+        assert!(begun.elapsed() < Duration::from_secs(20), "waited {:?}", begun.elapsed());
+        assert_eq!(error.class, KmsClass::Unreachable);
+        let text = error.to_string();
+        assert!(text.contains("scripted:k did not return within 100ms"), "{text}");
+        wrapper.restore();
+    }
+
+    #[test]
+    fn a_hanging_wrapper_does_not_hold_up_another() {
+        let (stuck, sound) = (ScriptedWrapper::new("stuck"), ScriptedWrapper::new("sound"));
+        stuck.hang();
+        let (stuck_lane, sound_lane) = (lane(&stuck), lane(&sound));
+        let hanging: Vec<_> = (0..2 * IN_FLIGHT).map(|_| start(&stuck_lane, 60_000)).collect();
+        assert_eq!(class(start(&sound_lane, 60_000).wait()), None);
+        stuck.restore();
+        for pending in hanging {
+            assert_eq!(class(pending.wait()), None);
+        }
+    }
+
+    #[test]
+    fn calls_in_flight_are_bounded_and_further_ones_fail_without_a_thread() {
+        let wrapper = ScriptedWrapper::new("k");
+        wrapper.hang();
+        let lane = lane(&wrapper);
+        let abandoned: Vec<_> = (0..IN_FLIGHT).map(|_| start(&lane, 20)).collect();
+        eventually("all are in flight", || wrapper.calls() == IN_FLIGHT as u64);
+        assert!(abandoned.into_iter().all(|call| class(call.wait()) == Some(KmsClass::Unreachable)));
+        for _ in 0..3 {
+            let error = start(&lane, 20).wait().unwrap_err();
+            assert_eq!(error.class, KmsClass::Unreachable);
+            assert!(error.to_string().contains("16 earlier calls have not returned"), "{error}");
+        }
+        assert_eq!(
+            (wrapper.calls(), busy(&lane)),
+            (IN_FLIGHT as u64, IN_FLIGHT),
+            "an abandoned call gave its place up"
+        );
+        wrapper.restore();
+        eventually("every place is free again", || busy(&lane) == 0);
+        assert_eq!(class(start(&lane, 60_000).wait()), None);
+        assert_eq!(wrapper.calls(), IN_FLIGHT as u64 + 1, "a call was made for which nobody waited");
+    }
+
+    #[test]
+    fn a_call_in_line_begins_when_one_in_flight_returns() {
+        let wrapper = ScriptedWrapper::new("k");
+        wrapper.hang();
+        let lane = Lane::bounded(Arc::new(wrapper.clone()), 1);
+        let calls: Vec<_> = (0..20).map(|_| start(&lane, 60_000)).collect();
+        eventually("the first is in flight", || wrapper.calls() == 1);
+        wrapper.restore();
+        assert!(calls.into_iter().all(|call| class(call.wait()).is_none()));
+        assert_eq!(wrapper.calls(), 20);
+    }
+
+    #[test]
+    fn a_call_given_up_in_line_lets_go_of_its_payload_at_once() {
+        let wrapper = ScriptedWrapper::new("k");
+        wrapper.hang();
+        let lane = Lane::bounded(Arc::new(wrapper.clone()), 1);
+        let first = start(&lane, 60_000);
+        let key = payload(1);
+        let second = start_with(&lane, 20, &key);
+        assert_eq!(Arc::strong_count(&key), 2);
+        assert_eq!(class(second.wait()), Some(KmsClass::Unreachable));
+        assert_eq!(Arc::strong_count(&key), 1);
+        wrapper.restore();
+        assert_eq!(class(first.wait()), None);
+    }
+
+    #[test]
+    fn an_abandoned_call_lets_go_of_its_payload_when_it_returns() {
+        let wrapper = ScriptedWrapper::new("k");
+        wrapper.hang();
+        let lane = lane(&wrapper);
+        let key = payload(1);
+        assert_eq!(class(start_with(&lane, 20, &key).wait()), Some(KmsClass::Unreachable));
+        assert_eq!(Arc::strong_count(&key), 2);
+        wrapper.restore();
+        eventually("the payload is let go", || Arc::strong_count(&key) == 1);
+    }
+
+    #[test]
+    fn a_panic_is_unclassified_keeps_its_text_to_itself_and_gives_its_place_back() {
+        let lane = lane(&ScriptedWrapper::new("k"));
+        let request = request();
+        for _ in 0..2 * IN_FLIGHT {
+            let call =
+                |_: &dyn KeyWrapper, _: &WrapContext<'_>| -> Result<(), KmsError> { panic!("key bytes: 0xc0ffee") };
+            let error = lane.start(&request, request.deadline(), call).wait().unwrap_err();
+            assert_eq!(error.class, KmsClass::Unclassified);
+            let text = format!("{error} {error:?}");
+            assert!(text.contains("scripted:k panicked") && !text.contains("c0ffee"), "{text}");
+        }
+        eventually("every place is free again", || busy(&lane) == 0);
+        assert_eq!(class(start(&lane, 60_000).wait()), None);
+    }
+
+    #[test]
+    fn a_forked_child_begins_with_no_call_in_flight_and_an_open_lock() {
+        let wrapper = ScriptedWrapper::new("k");
+        let lane = lane(&wrapper);
+        // What a child inherits: a crew of its parent's, whose threads it does not have, one of which held the lock.
+        let parents = Arc::new(Crew::new(1, std::process::id() ^ 1));
+        lane.crew.store(Arc::clone(&parents));
+        let mut held = parents.lock();
+        held.busy = 1;
+        assert_eq!(class(start(&lane, 60_000).wait()), None);
+    }
+
+    #[test]
+    fn the_wrapper_is_told_the_ids_in_hex_and_the_deadline() {
+        let lane = lane(&ScriptedWrapper::new("k"));
+        let request = request();
+        let deadline = request.deadline();
+        let seen = lane.start(&request, deadline, |_, cx| {
+            Ok((cx.cluster, cx.database, cx.generation, cx.purpose, cx.deadline, cx.label.to_owned()))
+        });
+        let (cluster, database, generation, purpose, told, label) = seen.wait().unwrap();
+        assert_eq!((cluster, database, generation), (request.cluster, request.database, request.generation));
+        assert_eq!((purpose, told), (Purpose::Data, deadline));
+        let (c1, d2) = ("c1".repeat(16), "d2".repeat(16));
+        assert_eq!(label, format!("pageseal purpose=data cluster={c1} database={d2} generation=3"));
+    }
+
+    #[test]
+    fn an_endless_timeout_is_no_overflow_and_none_at_all_is_unreachable() {
+        let wrapper = ScriptedWrapper::new("k");
+        let lane = lane(&wrapper);
+        let endless = WrapRequest { timeout: Duration::MAX, ..request() };
+        assert!(lane.start(&endless, endless.deadline(), |_, _| Ok(())).wait().is_ok());
+        wrapper.hang();
+        assert_eq!(class(start(&lane, 0).wait()), Some(KmsClass::Unreachable));
+        wrapper.restore();
     }
 }

@@ -22,7 +22,12 @@ pub(crate) struct DataKey {
 
 impl DataKey {
     /// Derives the key for one use of this data key, named by label and salt, ready for its suite.
-    pub(crate) fn derive(&self, label: Label, salt: &[u8; SALT_LEN], backend: AesBackend) -> Result<Locked<AeadKey>, PageError> {
+    pub(crate) fn derive(
+        &self,
+        label: Label,
+        salt: &[u8; SALT_LEN],
+        backend: AesBackend,
+    ) -> Result<Locked<AeadKey>, PageError> {
         let info = Info::data(label, self.seal, salt, self.generation, self.suite);
         AeadKey::derive(&self.key, &info, self.suite, backend)
     }

@@ -100,7 +100,9 @@ impl PageCipher {
         if let Err(error) = self.0.check_fork() {
             return fail_all(jobs, error);
         }
-        share_out(pool, jobs, average_len(jobs), &|_, chunk| chunk.iter_mut().for_each(|job| job.result = job.open(self)));
+        share_out(pool, jobs, average_len(jobs), &|_, chunk| {
+            chunk.iter_mut().for_each(|job| job.result = job.open(self))
+        });
         count_failed(jobs)
     }
 

@@ -25,7 +25,7 @@ use crate::page::subkeys::{Subkey, SubkeyCache};
 /// # let dir = std::env::temp_dir().join(format!("pageseal-doc-cipher-{}", std::process::id()));
 /// # std::fs::create_dir_all(&dir)?;
 /// # let key = LocalKeyFile::create(dir.join("master.key"))?;
-/// # let cluster = Cluster::create(&dir.join("cluster"), ClusterOptions::new(), Wrappers::one(key)?)?;
+/// # let cluster = Cluster::create(&dir.join("cluster"), ClusterOptions::new(), Wrappers::one(key))?;
 /// let cipher = cluster.create_database("orders")?.cipher()?;
 /// let context = PageContext::page(FileId::new(1), 7);
 ///

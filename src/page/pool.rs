@@ -50,7 +50,8 @@ impl Threads {
     /// [`ErrorKind::Resources`] if the system gives no more threads.
     pub fn new(threads: NonZero<usize>) -> Result<Self, Error> {
         let threads = threads.get();
-        let resources = |error: String| Error::new(ErrorKind::Resources, format!("starting {threads} threads: {error}"));
+        let resources =
+            |error: String| Error::new(ErrorKind::Resources, format!("starting {threads} threads: {error}"));
         let fork = ForkDetector::new().map_err(|error| resources(error.to_string()))?;
         let pool = match threads {
             1 => None,

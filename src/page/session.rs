@@ -55,7 +55,12 @@ impl Counter {
                 return None;
             }
             // Relaxed: uniqueness needs only that the exchanges have one order, which all atomics have.
-            match self.0.compare_exchange_weak(seen, used_after << 32 | seals_after, Ordering::Relaxed, Ordering::Relaxed) {
+            match self.0.compare_exchange_weak(
+                seen,
+                used_after << 32 | seals_after,
+                Ordering::Relaxed,
+                Ordering::Relaxed,
+            ) {
                 Ok(_) => return Some(Leased { first: seals as u32, pages }),
                 Err(now) => seen = now,
             }

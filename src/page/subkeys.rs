@@ -226,7 +226,8 @@ mod tests {
     fn a_subkey_is_kept_only_if_a_page_opened_under_it() {
         let (cache, owner) = (SubkeyCache::new(8), Owner::next());
         let one = subkey(owner, salt(0));
-        let refused = cache.find_or_make(owner, &one.name, || Ok(Arc::clone(&one)), |_| Err::<(), _>(PageError::Authentication));
+        let refused =
+            cache.find_or_make(owner, &one.name, || Ok(Arc::clone(&one)), |_| Err::<(), _>(PageError::Authentication));
         assert_eq!(refused, Err(PageError::Authentication));
         assert_eq!(cache.len(), 0);
         let opened = cache.find_or_make(owner, &one.name, || Ok(Arc::clone(&one)), |_| Ok(()));

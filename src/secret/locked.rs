@@ -322,7 +322,8 @@ mod tests {
             })
         });
         assert!(panicked.is_err());
-        let next: Vec<_> = (0..600).map(|_| Locked::<[u8; 32]>::fill_with(|_| Ok::<(), LockedMemoryError>(()))).collect();
+        let next: Vec<_> =
+            (0..600).map(|_| Locked::<[u8; 32]>::fill_with(|_| Ok::<(), LockedMemoryError>(()))).collect();
         assert!(next.iter().all(|secret| secret.as_ref().is_ok_and(|s| s.get() == Ok(&[0; 32]))));
     }
 

@@ -291,20 +291,17 @@ pub(crate) mod faulty {
         }
 
         fn write(&mut self, inode: usize, at: usize, bytes: &[u8]) -> io::Result<()> {
-            let done = match self.step() {
-                Ok(()) => bytes.len(),
+            let (done, outcome) = match self.step() {
+                Ok(()) => (bytes.len(), Ok(())),
                 // All of it: which sectors the disk got is decided by `after_crash`.
-                Err(Fault::Crash) => bytes.len(),
+                Err(Fault::Crash) => (bytes.len(), Err(injected())),
                 // A short write, as a full disk makes it.
-                Err(Fault::Once) => bytes.len() / 2,
-                Err(Fault::Forever) => 0,
+                Err(Fault::Once) => (bytes.len() / 2, Err(injected())),
+                Err(Fault::Forever) => (0, Err(injected())),
             };
-            let failed = self.fault.is_some_and(|(at, fault)| {
-                self.steps - 1 == at || self.steps - 1 > at && fault != Fault::Once
-            });
             self.inodes[inode].write(at, &bytes[..done]);
             self.bytes_written += done;
-            if failed { Err(injected()) } else { Ok(()) }
+            outcome
         }
 
         fn sync(&mut self, inode: usize) -> io::Result<()> {

@@ -46,6 +46,11 @@ impl PageFileOptions {
         self.page_size = bytes;
         self
     }
+
+    pub(crate) fn check(&self) -> Result<()> {
+        check_page_size(self.page_size)
+            .map_err(|_| Error::invalid(format!("page size {} is not a multiple of 512 up to 1 MiB", self.page_size)))
+    }
 }
 
 impl Default for PageFileOptions {
@@ -136,13 +141,23 @@ impl Place {
         self.directory.join(self.file.to_string())
     }
 
+    pub(crate) fn exists(&self) -> bool {
+        self.path().exists()
+    }
+
     fn check(&self, clear: &ClearHeader, path: &Path) -> Result<()> {
         if (clear.cluster, clear.database, clear.file) == (self.cluster, self.database, self.file) {
             return Ok(());
         }
         let message = format!(
             "{} is file {} of database {} in cluster {}, not file {} of database {} in cluster {}; put the right file back",
-            path.display(), clear.file, clear.database, clear.cluster, self.file, self.database, self.cluster
+            path.display(),
+            clear.file,
+            clear.database,
+            clear.cluster,
+            self.file,
+            self.database,
+            self.cluster
         );
         Err(Error::new(ErrorKind::WrongIdentity, message))
     }
@@ -151,8 +166,7 @@ impl Place {
 impl PageFile {
     /// Makes the file, durably, with both header slots; it exists whole or not at all.
     pub(crate) fn create(place: Place, options: &PageFileOptions, keystore_sequence: u64) -> Result<Self> {
-        check_page_size(options.page_size)
-            .map_err(|_| Error::invalid(format!("page size {} is not a multiple of 512 up to 1 MiB", options.page_size)))?;
+        options.check()?;
         let path = place.path();
         let clear = ClearHeader {
             page_size: options.page_size,
@@ -164,11 +178,9 @@ impl PageFile {
         let oldest_generation = place.cipher.generation();
         let header = HeaderBody { sequence: 1, written: 0, oldest_generation, keystore_sequence };
         let first = HeaderBody { sequence: 0, ..header };
-        let slots = [
-            place.seal_slot(&clear, &first)?,
-            place.seal_slot(&ClearHeader { slot: 1, ..clear }, &header)?,
-        ];
-        let file = write_new(&path, &slots.concat()).map_err(|error| Error::io(format!("creating {}", path.display()), error))?;
+        let slots = [place.seal_slot(&clear, &first)?, place.seal_slot(&ClearHeader { slot: 1, ..clear }, &header)?];
+        let file = write_new(&path, &slots.concat())
+            .map_err(|error| Error::io(format!("creating {}", path.display()), error))?;
         Ok(Self::new(place, path, file, clear, header))
     }
 
@@ -267,7 +279,10 @@ impl PageFile {
             Ok(writer) => writer,
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
             Err(TryLockError::WouldBlock) => {
-                return Err(Error::new(ErrorKind::InUse, format!("{} has a writer; finish it first", self.0.path.display())));
+                return Err(Error::new(
+                    ErrorKind::InUse,
+                    format!("{} has a writer; finish it first", self.0.path.display()),
+                ));
             }
         };
         if writer.failed {
@@ -291,9 +306,9 @@ impl PageFile {
             let mut trailer = [0; OVERHEAD];
             let map = self.0.map.load();
             // The map reaches as far as `pages`: it is replaced before that number grows.
-            let copied = map.as_ref().is_some_and(|map| {
-                map.copy(offset, buf) && map.copy(offset + buf.len() as u64, &mut trailer)
-            });
+            let copied = map
+                .as_ref()
+                .is_some_and(|map| map.copy(offset, buf) && map.copy(offset + buf.len() as u64, &mut trailer));
             if !copied {
                 return Err(PageError::Authentication);
             }
@@ -321,11 +336,15 @@ impl PageFile {
 
     fn remap(&self, written: u64) -> Result<()> {
         let end = self.page_offset(written).and_then(|end| usize::try_from(end).ok());
-        let end = end.ok_or_else(|| Error::damaged(format!("{} says it has {written} pages", self.0.path.display())))?;
+        let end =
+            end.ok_or_else(|| Error::damaged(format!("{} says it has {written} pages", self.0.path.display())))?;
         let map = ReadMap::new(&self.0.file, end).map_err(|error| match error.kind() {
             std::io::ErrorKind::UnexpectedEof => Error::with_source(
                 ErrorKind::Damaged,
-                format!("{} is cut short: it should hold {written} pages; restore it from a backup", self.0.path.display()),
+                format!(
+                    "{} is cut short: it should hold {written} pages; restore it from a backup",
+                    self.0.path.display()
+                ),
                 error,
             ),
             _ => Error::io(format!("mapping {}", self.0.path.display()), error),
@@ -383,11 +402,7 @@ impl Appender<'_> {
     /// # Errors
     /// [`ErrorKind::Io`]; whether the pages are there is then unknown until the file is opened again.
     pub fn finish(mut self) -> Result<u64> {
-        let header = HeaderBody {
-            sequence: self.writer.header.sequence + 1,
-            written: self.next,
-            ..self.writer.header
-        };
+        let header = HeaderBody { sequence: self.writer.header.sequence + 1, written: self.next, ..self.writer.header };
         // Until all of it succeeded: a sync that failed must never be tried again, for the kernel forgets what it lost.
         self.writer.failed = true;
         self.sync("syncing the pages of")?;
@@ -475,7 +490,8 @@ impl Place {
             std::io::ErrorKind::UnexpectedEof => damaged_slot(path, slot, "it is cut short"),
             _ => Error::io(format!("reading the header of {}", path.display()), error),
         })?;
-        let (clear_bytes, rest) = bytes.split_first_chunk_mut::<CLEAR_LEN>().expect("a slot is longer than its clear part");
+        let (clear_bytes, rest) =
+            bytes.split_first_chunk_mut::<CLEAR_LEN>().expect("a slot is longer than its clear part");
         let clear = ClearHeader::decode(clear_bytes).map_err(|why| damaged_slot(path, slot, why.0))?;
         self.check(&clear, path)?;
         if clear.slot != slot {
@@ -492,7 +508,8 @@ impl Place {
         let failed = || {
             let message = format!(
                 "header slot {slot} of {} (database {}) failed authentication; restore the file from a backup",
-                path.display(), self.database
+                path.display(),
+                self.database
             );
             Error::new(ErrorKind::Authentication, message)
         };

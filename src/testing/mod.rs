@@ -2,6 +2,7 @@
 //! choice, as published test vectors need it. Never seal data with it: it takes a nonce.
 
 pub mod simulation;
+pub mod stray;
 
 use crate::aead::{self, AeadKey, AesBackend};
 use crate::error::{PageError, Result};
