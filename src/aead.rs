@@ -1,13 +1,15 @@
 //! The only file that names a cipher crate. Ciphers, key derivation, MACs and comparison, over raw bytes; it knows nothing
 //! of pages, contexts or records.
 
-use ring::aead::{AES_256_GCM, Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
+#[cfg(feature = "rustcrypto")]
+use aes_gcm::aead::AeadInOut;
+use ring::aead::{AES_256_GCM, Aad, Algorithm, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
 use ring::{hkdf, hmac};
 
 use crate::error::{Error, ErrorKind, PageError};
 use crate::format::derive::Info;
 use crate::format::page::{AAD_LEN, NONCE_LEN, SALT_LEN, Suite, TAG_LEN};
-use crate::secret::{Locked, SecretKey, scoped, wipe_vector_registers};
+use crate::secret::{Locked, SecretKey, scoped, scoped_call, wipe_vector_registers};
 
 /// Which implementation of AES-256-GCM a cluster uses. The bytes are the same; one opens what the other sealed.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
@@ -70,13 +72,23 @@ pub(crate) struct OpenFailed;
 
 /// A cipher with its key schedule, ready for use. Lives in [`Locked`] memory only: ring wipes nothing itself.
 pub(crate) enum AeadKey {
-    Ring(LessSafeKey),
+    /// Keeps its key in registers; nothing of it is found on the stack.
+    AesRing(LessSafeKey),
+    ChaChaRing(LessSafeKey),
     #[cfg(feature = "rustcrypto")]
-    RustCrypto(aes_gcm::Aes256Gcm),
+    AesRustCrypto(aes_gcm::Aes256Gcm),
     /// AEGIS has no key schedule: the key itself, absorbed anew with each nonce.
     #[cfg(feature = "aegis")]
     Aegis([u8; 32]),
 }
+
+/// How far down the stack each cipher spills its key in one call, with room to spare. Found by looking for the key below
+/// the caller's frame; `tests/proofs/tests/key_memory.rs` looks for it from another process.
+const CHACHA_SPILL: usize = 2 * 1024;
+#[cfg(feature = "rustcrypto")]
+const RUSTCRYPTO_SPILL: usize = 12 * 1024;
+#[cfg(feature = "aegis")]
+const AEGIS_SPILL: usize = 1024;
 
 impl AeadKey {
     /// Derives the key named by `info` from `parent` and sets the cipher up, in locked memory.
@@ -95,24 +107,22 @@ impl AeadKey {
     }
 
     pub(crate) fn set_up(key: &[u8; 32], suite: Suite, backend: AesBackend) -> Result<Self, PageError> {
-        let algorithm = match (suite, backend) {
+        Ok(match (suite, backend) {
             #[cfg(feature = "rustcrypto")]
             (Suite::Aes256Gcm, AesBackend::RustCrypto) => {
                 use aes_gcm::KeyInit;
-                return Ok(Self::RustCrypto(aes_gcm::Aes256Gcm::new(key.into())));
+                Self::AesRustCrypto(aes_gcm::Aes256Gcm::new(key.into()))
             }
-            (Suite::Aes256Gcm, _) => &AES_256_GCM,
-            (Suite::ChaCha20Poly1305, _) => &CHACHA20_POLY1305,
+            (Suite::Aes256Gcm, _) => Self::AesRing(ring_key(&AES_256_GCM, key)),
+            (Suite::ChaCha20Poly1305, _) => Self::ChaChaRing(ring_key(&CHACHA20_POLY1305, key)),
             #[cfg(feature = "aegis")]
-            (Suite::Aegis256X2, _) => return Ok(Self::Aegis(*key)),
+            (Suite::Aegis256X2, _) => Self::Aegis(*key),
             #[cfg(not(feature = "aegis"))]
             (Suite::Aegis256X2, _) => return Err(PageError::Authentication),
-        };
-        let key = UnboundKey::new(algorithm, key).expect("32 bytes are the key length of both algorithms");
-        Ok(Self::Ring(LessSafeKey::new(key)))
+        })
     }
 
-    /// Encrypts `data` in place and returns the tag. The vector registers are wiped.
+    /// Encrypts `data` in place and returns the tag. Wipes the vector registers, and the stack where the cipher used it.
     ///
     /// `salt` only enters AEGIS's longer nonce; the other suites have it in their key.
     #[inline]
@@ -123,31 +133,26 @@ impl AeadKey {
         aad: &[u8],
         data: &mut [u8],
     ) -> [u8; TAG_LEN] {
+        let _ = salt;
         let tag = match self {
-            Self::Ring(key) => {
-                let nonce = Nonce::assume_unique_for_key(nonce);
-                let tag = key.seal_in_place_separate_tag(nonce, Aad::from(aad), data);
-                let tag = tag.expect("a payload is shorter than the 64 GiB limit of GCM");
-                let mut out = [0; TAG_LEN];
-                out.copy_from_slice(tag.as_ref());
-                out
-            }
+            Self::AesRing(key) => ring_seal(key, nonce, aad, data),
+            Self::ChaChaRing(key) => scoped_call::<CHACHA_SPILL, _>(|| ring_seal(key, nonce, aad, data)),
             #[cfg(feature = "rustcrypto")]
-            Self::RustCrypto(key) => {
-                use aes_gcm::aead::AeadInOut;
+            Self::AesRustCrypto(key) => scoped_call::<RUSTCRYPTO_SPILL, _>(|| {
                 let tag = key.encrypt_inout_detached(&nonce.into(), aad, data.into());
                 tag.expect("a payload is shorter than the 64 GiB limit of GCM").into()
-            }
+            }),
             #[cfg(feature = "aegis")]
-            Self::Aegis(key) => ::aegis::aegis256x2::Aegis256X2::<TAG_LEN>::new(key, &aegis_nonce(nonce, salt))
-                .encrypt_in_place(data, aad),
+            Self::Aegis(key) => {
+                scoped_call::<AEGIS_SPILL, _>(|| Aegis::new(key, &aegis_nonce(nonce, salt)).encrypt_in_place(data, aad))
+            }
         };
-        let _ = salt;
         wipe_vector_registers();
         tag
     }
 
-    /// Decrypts `data` in place if the tag is right. Otherwise `data` holds anything: the caller zeroes it.
+    /// Decrypts `data` in place if the tag is right. Otherwise `data` holds anything: the caller zeroes it. Wipes as
+    /// [`AeadKey::seal`] does.
     #[inline]
     pub(crate) fn open(
         &self,
@@ -157,28 +162,53 @@ impl AeadKey {
         data: &mut [u8],
         tag: &[u8; TAG_LEN],
     ) -> Result<(), OpenFailed> {
-        let outcome = match self {
-            Self::Ring(key) => {
-                let nonce = Nonce::assume_unique_for_key(nonce);
-                let opened = key.open_in_place_separate_tag(nonce, Aad::from(aad), (*tag).into(), data, 0..);
-                opened.map(|_| ()).map_err(|_| OpenFailed)
-            }
-            #[cfg(feature = "rustcrypto")]
-            Self::RustCrypto(key) => {
-                use aes_gcm::aead::AeadInOut;
-                let opened = key.decrypt_inout_detached(&nonce.into(), aad, data.into(), tag.into());
-                opened.map_err(|_| OpenFailed)
-            }
-            #[cfg(feature = "aegis")]
-            Self::Aegis(key) => ::aegis::aegis256x2::Aegis256X2::<TAG_LEN>::new(key, &aegis_nonce(nonce, salt))
-                .decrypt_in_place(data, tag, aad)
-                .map_err(|_| OpenFailed),
-        };
         let _ = salt;
+        let outcome = match self {
+            Self::AesRing(key) => ring_open(key, nonce, aad, data, tag),
+            Self::ChaChaRing(key) => scoped_call::<CHACHA_SPILL, _>(|| ring_open(key, nonce, aad, data, tag)),
+            #[cfg(feature = "rustcrypto")]
+            Self::AesRustCrypto(key) => scoped_call::<RUSTCRYPTO_SPILL, _>(|| {
+                key.decrypt_inout_detached(&nonce.into(), aad, data.into(), tag.into()).map_err(|_| OpenFailed)
+            }),
+            #[cfg(feature = "aegis")]
+            Self::Aegis(key) => scoped_call::<AEGIS_SPILL, _>(|| {
+                let cipher = Aegis::new(key, &aegis_nonce(nonce, salt));
+                cipher.decrypt_in_place(data, tag, aad).map_err(|_| OpenFailed)
+            }),
+        };
         wipe_vector_registers();
         outcome
     }
 }
+
+fn ring_key(algorithm: &'static Algorithm, key: &[u8; 32]) -> LessSafeKey {
+    LessSafeKey::new(UnboundKey::new(algorithm, key).expect("32 bytes are the key length of both algorithms"))
+}
+
+#[inline]
+fn ring_seal(key: &LessSafeKey, nonce: [u8; NONCE_LEN], aad: &[u8], data: &mut [u8]) -> [u8; TAG_LEN] {
+    let tag = key.seal_in_place_separate_tag(Nonce::assume_unique_for_key(nonce), Aad::from(aad), data);
+    let tag = tag.expect("a payload is shorter than the 64 GiB limit of GCM");
+    let mut out = [0; TAG_LEN];
+    out.copy_from_slice(tag.as_ref());
+    out
+}
+
+#[inline]
+fn ring_open(
+    key: &LessSafeKey,
+    nonce: [u8; NONCE_LEN],
+    aad: &[u8],
+    data: &mut [u8],
+    tag: &[u8; TAG_LEN],
+) -> Result<(), OpenFailed> {
+    let nonce = Nonce::assume_unique_for_key(nonce);
+    let opened = key.open_in_place_separate_tag(nonce, Aad::from(aad), (*tag).into(), data, 0..);
+    opened.map(|_| ()).map_err(|_| OpenFailed)
+}
+
+#[cfg(feature = "aegis")]
+type Aegis = ::aegis::aegis256x2::Aegis256X2<TAG_LEN>;
 
 /// `nonce 12 | salt 16 | 0^4`.
 #[cfg(feature = "aegis")]
@@ -240,6 +270,7 @@ pub(crate) fn hmac_sha256(key: &SecretKey, parts: &[&[u8]]) -> Result<[u8; 32], 
 }
 
 /// SHA-256 (FIPS 180-4), for fingerprints of public bytes.
+#[cfg(test)]
 pub(crate) fn sha256(bytes: &[u8]) -> [u8; 32] {
     let mut out = [0; 32];
     out.copy_from_slice(ring::digest::digest(&ring::digest::SHA256, bytes).as_ref());

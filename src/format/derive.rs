@@ -33,6 +33,7 @@ pub(crate) enum Label {
 }
 
 impl Label {
+    #[cfg(test)]
     pub(crate) const ALL: [Self; 10] = [
         Self::Page,
         Self::Head,

@@ -270,6 +270,7 @@ impl Keystore {
     }
 
     /// Whether the file ends in a torn append, which is not part of the catalogue and which the next append removes.
+    #[cfg(test)]
     pub(crate) fn has_torn_tail(&self) -> bool {
         matches!(self.unsettled, Unsettled::TornTail(_))
     }

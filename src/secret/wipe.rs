@@ -14,7 +14,7 @@ pub(crate) fn scoped<R>(f: impl FnOnce() -> R) -> R {
     struct WipeOnExit;
     impl Drop for WipeOnExit {
         fn drop(&mut self) {
-            wipe_stack();
+            wipe_stack::<STACK>();
             wipe_vector_registers();
             wipe_upper_registers();
         }
@@ -29,12 +29,21 @@ fn call<R>(f: impl FnOnce() -> R) -> R {
     f()
 }
 
+/// Runs `f`, one call of a cipher that spills its key, then wipes `DEPTH` bytes of the stack below this frame. For each
+/// page, so `DEPTH` is no more than that cipher needs.
+#[inline]
+pub(crate) fn scoped_call<const DEPTH: usize, R>(f: impl FnOnce() -> R) -> R {
+    let result = call(f);
+    wipe_stack::<DEPTH>();
+    result
+}
+
 #[inline(never)]
-fn wipe_stack() {
-    let mut below = MaybeUninit::<[u8; STACK]>::uninit();
+fn wipe_stack<const DEPTH: usize>() {
+    let mut below = MaybeUninit::<[u8; DEPTH]>::uninit();
     // SAFETY: writes within `below`. The asm block is said to read the memory behind the pointer, so the writes must happen.
     unsafe {
-        below.as_mut_ptr().cast::<u8>().write_bytes(0, STACK);
+        below.as_mut_ptr().cast::<u8>().write_bytes(0, DEPTH);
         std::arch::asm!("/* {0} */", in(reg) below.as_ptr(), options(nostack, preserves_flags));
     }
     black_box(&below);
