@@ -269,6 +269,15 @@ impl KmsError {
     }
 }
 
+/// For wrappers, whose calls of [`KeyPayload`](crate::KeyPayload) fail with an [`Error`]: a lack of resources is a passing
+/// trouble of ours and says nothing about the key; anything else is unclassified.
+impl From<Error> for KmsError {
+    fn from(error: Error) -> Self {
+        let class = if error.kind() == ErrorKind::Resources { KmsClass::Unreachable } else { KmsClass::Unclassified };
+        Self::with_source(class, error)
+    }
+}
+
 impl fmt::Display for KmsError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.class)?;

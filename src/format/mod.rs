@@ -3,9 +3,9 @@
 //! Everything is little-endian. Lengths are bounded before anything is read by them, and unused bytes are checked to be zero.
 
 pub(crate) mod derive;
+pub(crate) mod file_header;
 pub(crate) mod group;
 pub(crate) mod keystore;
-pub(crate) mod file_header;
 pub(crate) mod page;
 pub(crate) mod reader;
 pub(crate) mod record;

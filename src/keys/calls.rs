@@ -20,7 +20,7 @@ use crate::error::{KmsClass, KmsError};
 use crate::format::wrapped::Purpose;
 use crate::ids::{ClusterId, DatabaseId, Generation, MasterKeyId};
 use crate::keys::wrapper::{KeyWrapper, WrapContext};
-use crate::secret::scoped;
+use crate::secret::scoped_deep;
 
 /// How many calls to one wrapper may run at the same time.
 pub(crate) const IN_FLIGHT: usize = 16;
@@ -239,7 +239,7 @@ impl Crew {
         let mut next = Some(first);
         while let Some(job) = next {
             // A panic drops the job's sender, which tells the one who waits. Key bytes on this stack are wiped in any case.
-            let _ = catch_unwind(AssertUnwindSafe(|| scoped(job.run)));
+            let _ = catch_unwind(AssertUnwindSafe(|| scoped_deep(job.run)));
             self.drop_expired();
             next = self.next_or_leave();
         }
@@ -411,6 +411,21 @@ mod tests {
         assert_eq!(Arc::strong_count(&key), 1);
         wrapper.restore();
         assert_eq!(class(first.wait()), None);
+    }
+
+    #[test]
+    fn a_call_whose_deadline_passed_in_line_is_never_made() {
+        let wrapper = ScriptedWrapper::new("k");
+        wrapper.hang();
+        let lane = Lane::bounded(Arc::new(wrapper.clone()), 1);
+        let (first, second) = (start(&lane, 60_000), start(&lane, 1));
+        thread::sleep(Duration::from_millis(5));
+        wrapper.restore();
+        assert_eq!(class(first.wait()), None);
+        eventually("the place is free again", || busy(&lane) == 0);
+        let error = second.wait().unwrap_err();
+        assert_eq!((error.class, wrapper.calls()), (KmsClass::Unreachable, 1));
+        assert!(error.to_string().contains("was not started"), "{error}");
     }
 
     #[test]

@@ -12,7 +12,6 @@
 //!
 //! The caller keeps other processes out (a lock on the cluster). Here it is only noticed if the file's length changed.
 
-// To become `crate::storage::disk`, as soon as storage/mod.rs lists it.
 #[cfg(test)]
 mod tests;
 
@@ -34,7 +33,6 @@ use crate::format::reader::{Malformed, Reader};
 use crate::format::record::{KeyState, Record};
 use crate::ids::{ClusterId, DatabaseId, Generation};
 use crate::secret::SecretKey;
-
 use crate::storage::disk::{Disk, RealDisk};
 
 const FILE_NAME: &str = "keystore";
@@ -270,7 +268,7 @@ impl Keystore {
     }
 
     /// Whether the file ends in a torn append, which is not part of the catalogue and which the next append removes.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "test-util"))]
     pub(crate) fn has_torn_tail(&self) -> bool {
         matches!(self.unsettled, Unsettled::TornTail(_))
     }

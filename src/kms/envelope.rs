@@ -5,7 +5,7 @@
 
 use crate::aead::{AeadKey, AesBackend, derive_public};
 use crate::env::Env;
-use crate::error::{Error, ErrorKind, KmsClass, KmsError};
+use crate::error::{Error, KmsClass, KmsError};
 use crate::format::derive::{Info, Label};
 use crate::format::page::{NONCE_LEN, OVERHEAD, SALT_LEN, SubkeyName, Suite, Trailer};
 use crate::format::wrapped::PAYLOAD_LEN;
@@ -24,10 +24,10 @@ pub(crate) fn seal_payload(
     payload: &KeyPayload,
     cx: &WrapContext<'_>,
 ) -> Result<Vec<u8>, KmsError> {
-    let salt: [u8; SALT_LEN] = env.random().map_err(own_failure)?;
-    let nonce: [u8; NONCE_LEN] = env.random().map_err(own_failure)?;
+    let salt: [u8; SALT_LEN] = env.random().map_err(Error::from)?;
+    let nonce: [u8; NONCE_LEN] = env.random().map_err(Error::from)?;
     let subkey = subkey(key, &salt)?;
-    let cipher = subkey.get().map_err(own_failure)?;
+    let cipher = subkey.get().map_err(Error::from)?;
     let mut tag = [0; 16];
     let sealed = payload.with_bytes(|plain| {
         KeyPayload::fill_with(|out| {
@@ -37,8 +37,8 @@ pub(crate) fn seal_payload(
     });
     let trailer = Trailer::new(&tag, &nonce, &SubkeyName::new(&salt, cx.generation, SUITE));
     let mut blob = Vec::with_capacity(BLOB_LEN);
-    let sealed = sealed.and_then(|sealed| sealed).map_err(own_failure)?;
-    sealed.with_bytes(|ciphertext| blob.extend_from_slice(ciphertext)).map_err(own_failure)?;
+    let sealed = sealed.and_then(|sealed| sealed)?;
+    sealed.with_bytes(|ciphertext| blob.extend_from_slice(ciphertext))?;
     blob.extend_from_slice(&trailer.0);
     Ok(blob)
 }
@@ -58,32 +58,24 @@ pub(crate) fn open_payload(key: &SecretKey, blob: &[u8], cx: &WrapContext<'_>) -
     }
     let salt = trailer.subkey_name().salt();
     let subkey = subkey(key, &salt)?;
-    let cipher = subkey.get().map_err(own_failure)?;
+    let cipher = subkey.get().map_err(Error::from)?;
     let mut opened = Ok(());
     let payload = KeyPayload::fill_with(|out| {
         out.copy_from_slice(ciphertext);
         opened = cipher.open(trailer.nonce(), &salt, &cx.associated_data(), out, &trailer.tag());
-    })
-    .map_err(own_failure)?;
+    })?;
     // On failure the payload holds anything; dropping it wipes it.
     opened.map(|()| payload).map_err(|_| bad("it does not open under this key and context"))
 }
 
 /// A public name for the key: 32 hex digits that change with it and tell nothing about it.
 pub(crate) fn fingerprint(key: &SecretKey) -> Result<String, KmsError> {
-    let digest = derive_public(key, &Info::local(Label::LocalVersion, &[0; SALT_LEN])).map_err(own_failure)?;
+    let digest = derive_public(key, &Info::local(Label::LocalVersion, &[0; SALT_LEN]))?;
     Ok(digest[..16].iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
-/// A failure of this process, not of the master key. Resources may come back, so lacking them is no verdict.
-pub(crate) fn own_failure(error: impl Into<Error>) -> KmsError {
-    let error = error.into();
-    let class = if error.kind() == ErrorKind::Resources { KmsClass::Unreachable } else { KmsClass::Unclassified };
-    KmsError::with_source(class, error)
-}
-
 fn subkey(key: &SecretKey, salt: &[u8; SALT_LEN]) -> Result<Locked<AeadKey>, KmsError> {
-    AeadKey::derive(key, &Info::local(Label::Local, salt), SUITE, AesBackend::Ring).map_err(own_failure)
+    Ok(AeadKey::derive(key, &Info::local(Label::Local, salt), SUITE, AesBackend::Ring).map_err(Error::from)?)
 }
 
 fn bad(text: impl Into<String>) -> KmsError {

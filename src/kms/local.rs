@@ -11,7 +11,7 @@ use crate::env::Env;
 use crate::error::{Error, ErrorKind, KmsClass, KmsError, Result};
 use crate::ids::MasterKeyId;
 use crate::keys::wrapper::{KeyWrapper, WrapContext, WrappedKey};
-use crate::kms::envelope::{fingerprint, open_payload, own_failure, seal_payload};
+use crate::kms::envelope::{fingerprint, open_payload, seal_payload};
 use crate::secret::{KeyPayload, LockedMemoryError, SecretKey};
 
 const KEY_LEN: u64 = 32;
@@ -143,7 +143,7 @@ impl LocalKeyFile {
         }
         SecretKey::fill_with(|out| file.read_exact(out).map_err(ReadFailure::Io)).map_err(|failure| match failure {
             ReadFailure::Io(error) => self.failed(error),
-            ReadFailure::Memory(error) => own_failure(error),
+            ReadFailure::Memory(error) => Error::from(error).into(),
         })
     }
 

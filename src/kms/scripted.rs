@@ -10,7 +10,7 @@ use crate::error::{Error, KmsClass, KmsError};
 use crate::format::wrapped::PAYLOAD_KEY_AT;
 use crate::ids::MasterKeyId;
 use crate::keys::wrapper::{KeyWrapper, WrapContext, WrappedKey};
-use crate::kms::envelope::{open_payload, own_failure, seal_payload};
+use crate::kms::envelope::{open_payload, seal_payload};
 use crate::secret::{KeyPayload, SecretKey};
 
 /// A key service for your tests: a master key in memory, with real encryption, that does what the test says.
@@ -163,7 +163,7 @@ impl ScriptedWrapper {
     fn current(&self, mut script: MutexGuard<'_, Script>) -> Result<(String, Arc<SecretKey>), KmsError> {
         while script.keys.len() <= script.rotations {
             let key = SecretKey::fill_with(|out| self.0.env.entropy.fill(out).map_err(Error::from));
-            script.keys.push(Arc::new(key.map_err(own_failure)?));
+            script.keys.push(Arc::new(key?));
         }
         let version = script.rotations;
         Ok((version.to_string(), Arc::clone(&script.keys[version])))
@@ -211,7 +211,7 @@ fn with_a_flipped_bit(payload: &KeyPayload) -> Result<KeyPayload, KmsError> {
             out[PAYLOAD_KEY_AT] ^= 1;
         })
     });
-    flipped.and_then(|flipped| flipped).map_err(own_failure)
+    flipped.and_then(|flipped| flipped).map_err(KmsError::from)
 }
 
 #[cfg(test)]

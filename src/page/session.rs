@@ -25,7 +25,8 @@ pub(crate) const MAX_BYTES: u64 = 1 << 40;
 const UNIT: u64 = 512;
 const MAX_UNITS: u64 = MAX_BYTES / UNIT;
 
-const _: () = assert!(MAX_UNITS <= u32::MAX as u64 && MAX_SEALS <= u32::MAX as u64);
+const _: () = assert!(MAX_UNITS <= u32::MAX as u64);
+const _: () = assert!(MAX_SEALS <= u32::MAX as u64);
 
 pub(crate) struct Session {
     pub(crate) subkey: Arc<Subkey>,

@@ -11,7 +11,7 @@ mod locked;
 mod wipe;
 
 pub(crate) use locked::{ForkDetector, Forked, Locked, LockedMemoryError};
-pub(crate) use wipe::{scoped, scoped_call, wipe_vector_registers};
+pub(crate) use wipe::{scoped, scoped_call, scoped_deep, wipe_vector_registers};
 
 use zeroize::Zeroize;
 

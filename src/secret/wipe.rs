@@ -11,19 +11,28 @@ const STACK: usize = 32 * 1024;
 /// Runs `f`, then wipes the stack below this frame and all vector registers, also when `f` panics. For code that builds or
 /// derives keys; too slow (1 to 2 µs) for each page.
 pub(crate) fn scoped<R>(f: impl FnOnce() -> R) -> R {
-    struct WipeOnExit;
-    impl Drop for WipeOnExit {
+    scoped_to::<STACK, R>(f)
+}
+
+/// As [`scoped`], for code of others, whose frames may reach deeper: a key service's SDK.
+pub(crate) fn scoped_deep<R>(f: impl FnOnce() -> R) -> R {
+    scoped_to::<{ 8 * STACK }, R>(f)
+}
+
+fn scoped_to<const DEPTH: usize, R>(f: impl FnOnce() -> R) -> R {
+    struct WipeOnExit<const DEPTH: usize>;
+    impl<const DEPTH: usize> Drop for WipeOnExit<DEPTH> {
         fn drop(&mut self) {
-            wipe_stack::<STACK>();
+            wipe_stack::<DEPTH>();
             wipe_vector_registers();
             wipe_upper_registers();
         }
     }
-    let _wipe = WipeOnExit;
+    let _wipe = WipeOnExit::<DEPTH>;
     call(f)
 }
 
-/// Keeps the frames of `f` below those of [`scoped`], where [`wipe_stack`] reaches them.
+/// Keeps the frames of `f` below the caller's, where [`wipe_stack`] reaches them.
 #[inline(never)]
 fn call<R>(f: impl FnOnce() -> R) -> R {
     f()

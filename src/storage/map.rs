@@ -30,9 +30,10 @@ impl ReadMap {
     /// Copies `out.len()` bytes at `offset`; false if the map does not reach that far.
     #[inline]
     pub(crate) fn copy(&self, offset: u64, out: &mut [u8]) -> bool {
-        let Some(start) = usize::try_from(offset).ok().filter(|start| {
-            start.checked_add(out.len()).is_some_and(|end| end <= self.len)
-        }) else {
+        let Some(start) = usize::try_from(offset)
+            .ok()
+            .filter(|start| start.checked_add(out.len()).is_some_and(|end| end <= self.len))
+        else {
             return false;
         };
         // SAFETY: `start + out.len() <= self.len`, the length of the mapping, which lives as long as `self`; `out` is our

@@ -402,15 +402,19 @@ impl Appender<'_> {
     /// # Errors
     /// [`ErrorKind::Io`]; whether the pages are there is then unknown until the file is opened again.
     pub fn finish(mut self) -> Result<u64> {
-        let header = HeaderBody { sequence: self.writer.header.sequence + 1, written: self.next, ..self.writer.header };
         // Until all of it succeeded: a sync that failed must never be tried again, for the kernel forgets what it lost.
         self.writer.failed = true;
         self.sync("syncing the pages of")?;
-        self.file.write_header(&header)?;
-        self.sync("syncing the header of")?;
+        // One slot and then, once it is safe, the other: a slot that is damaged later takes no pages with it.
+        for _ in 0..SLOTS {
+            let header =
+                HeaderBody { sequence: self.writer.header.sequence + 1, written: self.next, ..self.writer.header };
+            self.file.write_header(&header)?;
+            self.sync("syncing the header of")?;
+            self.writer.header = header;
+        }
         self.file.remap(self.next)?;
         self.file.0.written.store(self.next, Ordering::Release);
-        self.writer.header = header;
         self.writer.failed = false;
         Ok(self.next)
     }

@@ -1,8 +1,8 @@
-use crate::storage::disk::faulty::{Broken, Fault, FaultyDisk};
 use super::*;
 use crate::aead::sha256;
 use crate::format::record::tests::{cluster_record, data_record};
 use crate::format::wrapped::Purpose;
+use crate::storage::disk::faulty::{Broken, Fault, FaultyDisk};
 
 const SEQUENCE: u64 = 40;
 
