@@ -263,7 +263,8 @@ fn median(values: impl Iterator<Item = f64>) -> f64 {
 fn to_pages(original: &[u8], payload_len: usize) -> Vec<u8> {
     let mut pages = (original.len() as u64).to_le_bytes().to_vec();
     pages.extend(original);
-    pages.resize(pages.len().next_multiple_of(payload_len), 0);
+    // Two at least: a page cannot be moved to where it is.
+    pages.resize(pages.len().next_multiple_of(payload_len).max(2 * payload_len), 0);
     pages
 }
 

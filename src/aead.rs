@@ -9,6 +9,8 @@ use ring::{hkdf, hmac};
 use crate::error::{Error, ErrorKind, PageError};
 use crate::format::derive::Info;
 use crate::format::page::{AAD_LEN, NONCE_LEN, SALT_LEN, Suite, TAG_LEN};
+#[cfg(feature = "rustcrypto")]
+use crate::secret::scoped_to;
 use crate::secret::{Locked, SecretKey, scoped, scoped_call, wipe_vector_registers};
 
 /// Which implementation of AES-256-GCM a cluster uses. The bytes are the same; one opens what the other sealed.
@@ -98,12 +100,13 @@ impl AeadKey {
         suite: Suite,
         backend: AesBackend,
     ) -> Result<Locked<Self>, PageError> {
-        let parent = parent.get()?;
-        Locked::new_with(|| {
-            let mut key = [0; 32];
-            expand(parent, info, &mut key);
-            Self::set_up(&key, suite, backend)
-        })
+        parent.with(|parent| {
+            Locked::new_with(|| {
+                let mut key = [0; 32];
+                expand(parent, info, &mut key);
+                Self::set_up(&key, suite, backend)
+            })
+        })?
     }
 
     pub(crate) fn set_up(key: &[u8; 32], suite: Suite, backend: AesBackend) -> Result<Self, PageError> {
@@ -138,7 +141,7 @@ impl AeadKey {
             Self::AesRing(key) => ring_seal(key, nonce, aad, data),
             Self::ChaChaRing(key) => scoped_call::<CHACHA_SPILL, _>(|| ring_seal(key, nonce, aad, data)),
             #[cfg(feature = "rustcrypto")]
-            Self::AesRustCrypto(key) => scoped_call::<RUSTCRYPTO_SPILL, _>(|| {
+            Self::AesRustCrypto(key) => scoped_to::<RUSTCRYPTO_SPILL, _>(|| {
                 let tag = key.encrypt_inout_detached(&nonce.into(), aad, data.into());
                 tag.expect("a payload is shorter than the 64 GiB limit of GCM").into()
             }),
@@ -167,7 +170,7 @@ impl AeadKey {
             Self::AesRing(key) => ring_open(key, nonce, aad, data, tag),
             Self::ChaChaRing(key) => scoped_call::<CHACHA_SPILL, _>(|| ring_open(key, nonce, aad, data, tag)),
             #[cfg(feature = "rustcrypto")]
-            Self::AesRustCrypto(key) => scoped_call::<RUSTCRYPTO_SPILL, _>(|| {
+            Self::AesRustCrypto(key) => scoped_to::<RUSTCRYPTO_SPILL, _>(|| {
                 key.decrypt_inout_detached(&nonce.into(), aad, data.into(), tag.into()).map_err(|_| OpenFailed)
             }),
             #[cfg(feature = "aegis")]
@@ -225,18 +228,18 @@ const _: () =
 /// Derives a secret key in locked memory: HKDF-Expand-SHA256(parent, info, 32), RFC 5869 section 2.3. Parents are uniform
 /// keys, so HKDF-Extract would add nothing.
 pub(crate) fn derive_key(parent: &SecretKey, info: &Info) -> Result<SecretKey, Error> {
-    let parent = parent.get()?;
-    SecretKey::fill_with(|out| {
-        expand(parent, info, out);
-        Ok(())
-    })
+    parent.with(|parent| {
+        SecretKey::fill_with(|out| {
+            expand(parent, info, out);
+            Ok(())
+        })
+    })?
 }
 
 /// Derives a public value (an id or a commitment) in the same way.
 pub(crate) fn derive_public(parent: &SecretKey, info: &Info) -> Result<[u8; 32], Error> {
-    let parent = parent.get()?;
     let mut out = [0; 32];
-    scoped(|| expand(parent, info, &mut out));
+    parent.with(|parent| scoped(|| expand(parent, info, &mut out)))?;
     Ok(out)
 }
 
@@ -259,13 +262,14 @@ pub(crate) fn expand_into(parent: &[u8; 32], info: &[u8], out: &mut [u8]) -> Opt
 
 /// HMAC-SHA256 (RFC 2104) over the parts, one after the other.
 pub(crate) fn hmac_sha256(key: &SecretKey, parts: &[&[u8]]) -> Result<[u8; 32], Error> {
-    let key = key.get()?;
     let mut out = [0; 32];
-    scoped(|| {
-        let mut context = hmac::Context::with_key(&hmac::Key::new(hmac::HMAC_SHA256, key));
-        parts.iter().for_each(|part| context.update(part));
-        out.copy_from_slice(context.sign().as_ref());
-    });
+    key.with(|key| {
+        scoped(|| {
+            let mut context = hmac::Context::with_key(&hmac::Key::new(hmac::HMAC_SHA256, key));
+            parts.iter().for_each(|part| context.update(part));
+            out.copy_from_slice(context.sign().as_ref());
+        })
+    })?;
     Ok(out)
 }
 

@@ -1,8 +1,8 @@
 //! [`Cluster`]: the databases that share a keystore and a master key.
 
 use std::collections::HashMap;
-use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::fs::{File, OpenOptions, TryLockError};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -17,16 +17,18 @@ use crate::format::keystore::{Header, Hierarchy, Operation, SealedName};
 use crate::format::page::Suite;
 use crate::format::record::{KeyState, Record};
 use crate::format::wrapped::Purpose;
-use crate::ids::{ClusterId, DatabaseId, Generation, SealId};
+use crate::ids::{ClusterId, DatabaseId, FileId, Generation, SealId};
 use crate::keys::calls::WrapRequest;
 use crate::keys::keyring::{DataKey, Keyring};
 use crate::keys::keystore::{Keystore, UnverifiedKeystore};
 use crate::keys::names::{CLUSTER_SCOPE, NameKeys, check_name};
 use crate::keys::payload;
 use crate::keys::wrappers::Wrappers;
-use crate::page::cipher::PageCipher;
+use crate::page::cipher::{CipherInner, PageCipher};
 use crate::page::subkeys::SubkeyCache;
 use crate::secret::{KeyPayload, SecretKey};
+use crate::storage::disk::make_directories;
+use crate::storage::page_file::{self, PageFile};
 
 /// Never renamed or removed, so that all processes lock the same file.
 const LOCK_FILE: &str = "lock";
@@ -81,10 +83,10 @@ impl ClusterOptions {
         self
     }
 
-    /// How many subkeys of other sessions are kept, of about 600 bytes of locked memory each. Reading a page whose subkey
+    /// How many subkeys of other sessions are kept, at most 2^20, of about 600 bytes of locked memory each. Reading a page whose subkey
     /// is not kept takes 3 µs longer.
     pub fn subkey_cache(mut self, subkeys: usize) -> Self {
-        self.subkey_cache = subkeys;
+        self.subkey_cache = subkeys.min(1 << 20);
         self
     }
 
@@ -116,8 +118,9 @@ impl std::fmt::Debug for ClusterOptions {
 
 /// The databases of one directory: their keystore, and the master keys that wrap their data keys.
 ///
-/// A handle: cloning it is cheap. Key services are called when a cluster or database is created or opened, and at no other
-/// time. So far one process at a time can hold a cluster.
+/// A handle: cloning it is cheap. Key services are called when a cluster or database is created or opened and by
+/// [`Cluster::check_master_key`], and at no other time. So far one process at a time can hold a cluster, as long as it
+/// keeps any handle of it: of the cluster, a database, a cipher or a page file.
 ///
 /// ```
 /// use pageseal::{Cluster, ClusterOptions, LocalKeyFile, Wrappers};
@@ -147,12 +150,17 @@ pub(crate) struct ClusterInner {
     pub(crate) names: NameKeys,
     wrappers: Wrappers,
     keystore: Mutex<Keystore>,
-    /// Open databases, so that there is one set of keys and one session for each.
-    open: Mutex<HashMap<DatabaseId, Weak<DatabaseInner>>>,
+    /// The keystore's sequence, for those who note it without taking the keystore's lock.
+    pub(crate) sequence: Arc<AtomicU64>,
+    /// Ciphers in use, so that there is one set of keys and one session for each database.
+    ciphers: Mutex<HashMap<DatabaseId, Weak<CipherInner>>>,
+    /// Page files in use, so that there is one writer and one written mark for each.
+    files: Mutex<HashMap<FileId, Weak<page_file::Inner>>>,
     subkeys: Arc<SubkeyCache>,
     resumes: Arc<AtomicU64>,
-    /// Held as long as the cluster is open.
-    _lock: File,
+    torn_tail: bool,
+    /// Held as long as a handle of the cluster, a database, a cipher or a page file is left.
+    lock: Arc<File>,
 }
 
 impl Cluster {
@@ -163,8 +171,9 @@ impl Cluster {
     /// [`ErrorKind::AlreadyExists`] if there is a keystore; what the key services answered; [`ErrorKind::Io`].
     pub fn create(directory: &Path, options: ClusterOptions, wrappers: Wrappers) -> Result<Self> {
         check_suite(options.suite)?;
-        make_directory(directory)?;
+        make_directories(directory).map_err(|error| Error::io(format!("creating {}", directory.display()), error))?;
         let lock = lock(directory)?;
+        Keystore::check_absent(directory)?;
         let env = &options.env;
         let identity = payload::random_key(env)?;
         let cluster_key = payload::random_key(env)?;
@@ -229,6 +238,8 @@ impl Cluster {
         let generation = keystore.cluster_record().generation;
         let look_up = derive_key(identity, &Info::identity(Label::Name, id))?;
         let names = NameKeys { cluster: id, look_up, cluster_key, generation };
+        let sequence = Arc::new(AtomicU64::new(keystore.sequence()));
+        let torn_tail = keystore.has_torn_tail();
         let subkeys = Arc::new(SubkeyCache::new(options.subkey_cache));
         Ok(Self(Arc::new(ClusterInner {
             id,
@@ -237,10 +248,13 @@ impl Cluster {
             names,
             wrappers,
             keystore: Mutex::new(keystore),
-            open: Mutex::default(),
+            sequence,
+            ciphers: Mutex::default(),
+            files: Mutex::default(),
             subkeys,
             resumes: Arc::default(),
-            _lock: lock,
+            torn_tail,
+            lock: Arc::new(lock),
         })))
     }
 
@@ -278,8 +292,8 @@ impl Cluster {
         if keystore.catalogue().find_database(&look_up).is_some() {
             return Err(exists());
         }
-        keystore
-            .append(vec![Operation::Database { database: id, name: name_on_disk }, Operation::Generation(record)])?;
+        let new = vec![Operation::Database { database: id, name: name_on_disk }, Operation::Generation(record)];
+        inner.append(&mut keystore, new)?;
         drop(keystore);
         inner.adopt(id, name, vec![key])
     }
@@ -299,8 +313,8 @@ impl Cluster {
                 id.ok_or_else(|| Error::new(ErrorKind::NotFound, format!("there is no database named {name:?}")))?;
             (id, keystore.catalogue().generations(id).cloned().collect::<Vec<_>>())
         };
-        if let Some(open) = inner.opened(id) {
-            return Ok(open);
+        if let Some(cipher) = inner.opened(id) {
+            return Ok(inner.handle(id, name, cipher));
         }
         let keys = records.iter().filter(|record| record.state != KeyState::Destroyed);
         let keys = keys.map(|record| inner.unwrap_data_key(record)).collect::<Result<Vec<_>>>()?;
@@ -337,8 +351,17 @@ impl Cluster {
         inner.wrappers.check(&probe.wrappings, &request)
     }
 
-    /// To be called when this machine was resumed from a snapshot, if the engine is told: every database seals under a new
-    /// session from now on. Not needed for safety; nonces of cloned machines differ anyway.
+    /// Whether the keystore, when it was opened, ended in bytes that did not verify. Nearly always that is a change that a
+    /// crash interrupted before it was acknowledged. But damage to the very last change looks the same: if a database or
+    /// file that was made last is missing, restore the keystore from a copy, or ask for help with the bytes that were kept
+    /// beside it under the name `keystore.torn-N`.
+    pub fn found_torn_tail(&self) -> bool {
+        self.0.torn_tail
+    }
+
+    /// To be called when this machine was resumed from a snapshot or cloned, as soon as the engine is told: every database
+    /// seals under a new session from now on. Until then two clones go on under one session, kept apart by the 64 fresh
+    /// bits of each call: safe for a few clones with a sound source of randomness, not for thousands.
     pub fn resumed(&self) {
         self.0.resumes.fetch_add(1, Ordering::Relaxed);
     }
@@ -395,17 +418,28 @@ impl ClusterInner {
         payload::accept_data(&unwrapped, record, self.id)
     }
 
-    fn opened(self: &Arc<Self>, id: DatabaseId) -> Option<Database> {
-        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        Some(Database::from_inner(open.get(&id)?.upgrade()?))
+    /// Appends to the keystore whose guard the caller holds.
+    pub(crate) fn append(&self, keystore: &mut Keystore, operations: Vec<Operation>) -> Result<()> {
+        keystore.append(operations)?;
+        self.sequence.store(keystore.sequence(), Ordering::Release);
+        Ok(())
+    }
+
+    fn opened(&self, id: DatabaseId) -> Option<PageCipher> {
+        let ciphers = self.ciphers.lock().unwrap_or_else(PoisonError::into_inner);
+        Some(PageCipher(ciphers.get(&id)?.upgrade()?))
+    }
+
+    fn handle(self: &Arc<Self>, id: DatabaseId, name: &str, cipher: PageCipher) -> Database {
+        Database::from_inner(Arc::new(DatabaseInner { cluster: Arc::clone(self), id, name: name.to_owned(), cipher }))
     }
 
     /// Makes the handle of a database whose keys were just unwrapped or drawn, unless another thread was faster.
     fn adopt(self: &Arc<Self>, id: DatabaseId, name: &str, keys: Vec<DataKey>) -> Result<Database> {
         let keyring = Keyring::new(id, keys)?;
-        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(inner) = open.get(&id).and_then(Weak::upgrade) {
-            return Ok(Database::from_inner(inner));
+        let mut ciphers = self.ciphers.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(inner) = ciphers.get(&id).and_then(Weak::upgrade) {
+            return Ok(self.handle(id, name, PageCipher(inner)));
         }
         let cipher = PageCipher::new(
             keyring,
@@ -413,10 +447,22 @@ impl ClusterInner {
             Arc::clone(&self.subkeys),
             Arc::clone(&self.resumes),
             self.env().clone(),
+            Some(Arc::clone(&self.lock)),
         );
-        let inner = Arc::new(DatabaseInner { cluster: Arc::clone(self), id, name: name.to_owned(), cipher });
-        open.insert(id, Arc::downgrade(&inner));
-        Ok(Database::from_inner(inner))
+        ciphers.insert(id, Arc::downgrade(&cipher.0));
+        Ok(self.handle(id, name, cipher))
+    }
+
+    /// The page file `id`: the one in use, or what `open` opens. No two are opened at once, so that there is one of each.
+    pub(crate) fn page_file(&self, id: FileId, open: impl FnOnce() -> Result<PageFile>) -> Result<PageFile> {
+        let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(inner) = files.get(&id).and_then(Weak::upgrade) {
+            return Ok(PageFile::from_inner(inner));
+        }
+        let file = open()?;
+        files.retain(|_, file| file.strong_count() > 0);
+        files.insert(id, file.downgrade());
+        Ok(file)
     }
 }
 
@@ -459,12 +505,8 @@ fn check_expected(
     }
 }
 
-fn make_directory(directory: &Path) -> Result<()> {
-    let made = DirBuilder::new().recursive(true).mode(0o700).create(directory);
-    made.map_err(|error| Error::io(format!("creating {}", directory.display()), error))
-}
-
-/// Takes the cluster for this process. The lock goes with the process, however it ends.
+/// Takes the cluster for this process. The lock goes when its last handle is dropped or the process ends, however it does;
+/// but a forked child inherits it, and holds it until it drops its copies of the handles, or ends too.
 fn lock(directory: &Path) -> Result<File> {
     let path = directory.join(LOCK_FILE);
     let io = |error| Error::io(format!("locking {}", path.display()), error);
@@ -474,7 +516,10 @@ fn lock(directory: &Path) -> Result<File> {
         Ok(()) => Ok(file),
         Err(TryLockError::WouldBlock) => Err(Error::new(
             ErrorKind::InUse,
-            format!("{} is open already, here or in another process; close it there first", directory.display()),
+            format!(
+                "{} is open already, here, in another process or in a fork of one; drop all its handles there first",
+                directory.display()
+            ),
         )),
         Err(TryLockError::Error(error)) => Err(io(error)),
     }

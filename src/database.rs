@@ -53,12 +53,13 @@ impl Database {
                 oldest: inner.cipher.generation(),
                 name: None,
             };
-            keystore.append(vec![Operation::KeyUseAdd(key_use)])?;
+            inner.cluster.append(&mut keystore, vec![Operation::KeyUseAdd(key_use)])?;
         }
         Ok(inner.cipher.clone())
     }
 
-    /// Makes a page file of this name. The keystore notes first that the file uses this database's keys.
+    /// Makes a page file of this name, and notes durably in the keystore that it uses this database's keys. If that was
+    /// interrupted after the note, [`Database::page_file`] finishes it.
     ///
     /// # Errors
     /// [`ErrorKind::AlreadyExists`]; [`ErrorKind::Invalid`] for a name or page size that cannot be; [`ErrorKind::Io`].
@@ -68,29 +69,22 @@ impl Database {
         options.check()?;
         let (scope, env) = (inner.id.to_bytes(), inner.cluster.env());
         let look_up = inner.cluster.names.look_up(&scope, name)?;
+        let file = FileId::new(u64::from_le_bytes(env.random()?));
+        let sealed = inner.cluster.names.seal(env, &scope, &owner_of(file).0, name)?;
         let mut keystore = inner.cluster.keystore()?;
-        let place = match keystore.catalogue().find_key_use(inner.id, OwnerKind::PageFile, &look_up) {
-            // Noted in the keystore, but never made: an earlier attempt was interrupted between the two. Finish it.
-            Some(noted) if !self.place(file_of(noted.owner)).exists() => self.place(file_of(noted.owner)),
-            Some(_) => {
-                let message = format!("database {} has a page file named {name:?} already", inner.id);
-                return Err(Error::new(ErrorKind::AlreadyExists, message));
-            }
-            None => {
-                let file = FileId::new(u64::from_le_bytes(env.random()?));
-                let sealed = inner.cluster.names.seal(env, &scope, &owner_of(file).0, name)?;
-                let key_use = KeyUse {
-                    kind: OwnerKind::PageFile,
-                    owner: owner_of(file),
-                    database: inner.id,
-                    oldest: inner.cipher.generation(),
-                    name: Some(SealedName { lookup: look_up, sealed }),
-                };
-                keystore.append(vec![Operation::KeyUseAdd(key_use)])?;
-                self.place(file)
-            }
+        if keystore.catalogue().find_key_use(inner.id, OwnerKind::PageFile, &look_up).is_some() {
+            let message = format!("database {} has a page file named {name:?} already", inner.id);
+            return Err(Error::new(ErrorKind::AlreadyExists, message));
+        }
+        let key_use = KeyUse {
+            kind: OwnerKind::PageFile,
+            owner: owner_of(file),
+            database: inner.id,
+            oldest: inner.cipher.generation(),
+            name: Some(SealedName { lookup: look_up, sealed }),
         };
-        PageFile::create(place, &options, keystore.sequence())
+        let register = || inner.cluster.append(&mut keystore, vec![Operation::KeyUseAdd(key_use)]);
+        inner.cluster.page_file(file, || PageFile::create(self.place(file), &options, register))
     }
 
     /// Opens the page file of this name.
@@ -108,7 +102,8 @@ impl Database {
         let owner = owner.ok_or_else(|| {
             Error::new(ErrorKind::NotFound, format!("database {} has no page file named {name:?}", inner.id))
         })?;
-        PageFile::open(self.place(file_of(owner)))
+        let file = file_of(owner);
+        inner.cluster.page_file(file, || PageFile::open(self.place(file)))
     }
 
     fn place(&self, file: FileId) -> Place {
@@ -121,6 +116,7 @@ impl Database {
             cipher: inner.cipher.clone(),
             backend: inner.cluster.backend(),
             env: inner.cluster.env().clone(),
+            keystore_sequence: Arc::clone(&inner.cluster.sequence),
         }
     }
 }

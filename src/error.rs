@@ -62,6 +62,9 @@ pub enum ErrorKind {
     Damaged,
     /// The keystore or file belongs to another cluster or database than the one expected.
     WrongIdentity,
+    /// The keystore is older than a file that was written beside it: somebody put a copy back. Nothing is written; put the
+    /// newest keystore back.
+    KeystoreStale,
     /// The bytes use a version or feature that this build does not know. Use a newer build or the named feature.
     Unsupported,
     /// The call cannot be right (an empty name, a page out of range). Change the call.
@@ -135,6 +138,11 @@ impl Error {
 
     /// A failure of the master key `key` while doing `what`, a phrase such as "unwrapping the cluster key".
     pub(crate) fn kms(error: KmsError, key: &MasterKeyId, what: impl fmt::Display) -> Self {
+        // Our own want of memory is no trouble of the key service.
+        let own = error.source.as_ref().and_then(|source| source.downcast_ref::<Self>());
+        if let Some(own) = own.filter(|own| own.kind() == ErrorKind::Resources) {
+            return Self::with_source(ErrorKind::Resources, format!("{what} with master key {key}: {own}"), error);
+        }
         let message = format!("{what} with master key {key}: {error}");
         Self::with_source(error.class.error_kind(), message, error)
     }

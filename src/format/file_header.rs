@@ -16,6 +16,12 @@ pub(crate) const MAX_PAGE_SIZE: u32 = 1 << 20;
 
 const MAGIC: &[u8; 8] = b"PGSEALF1";
 
+/// The version digit, if these are the first bytes of a page file of another version.
+pub(crate) fn unknown_version(bytes: &[u8; CLEAR_LEN]) -> Option<char> {
+    let (name, version) = (&bytes[..7], bytes[7]);
+    (name == &MAGIC[..7] && version != MAGIC[7]).then_some(char::from(version))
+}
+
 /// What a slot says in clear. Authenticated once the sealed part opened; until then good for refusing only.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct ClearHeader {

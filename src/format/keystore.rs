@@ -118,6 +118,9 @@ impl Header {
         let sequence = reader.u64()?;
         let record = Record::decode(&mut reader)?;
         check_purpose(&record, Purpose::Cluster)?;
+        if reader.remaining() >= SECTOR {
+            return Err(Malformed("its header is longer than it needs to be").into());
+        }
         reader.padding()?;
         Ok((Self { hierarchy, cluster, sequence, record }, len))
     }

@@ -69,6 +69,7 @@ pub enum Location {
 
 /// What a page is bound to, besides its key. The same context must be given to open it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[non_exhaustive]
 pub struct PageContext {
     /// Where the page lies.
     pub location: Location,

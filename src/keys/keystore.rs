@@ -169,6 +169,15 @@ enum Unsettled {
     },
 }
 
+fn refuse_existing(disk: &dyn Disk, path: &Path) -> Result<()> {
+    let exists = disk.exists(path);
+    if exists.map_err(|error| Error::io(format_args!("looking for the keystore {}", path.display()), error))? {
+        let message = format!("there is a keystore {} already; open it, or choose another directory", path.display());
+        return Err(Error::new(ErrorKind::AlreadyExists, message));
+    }
+    Ok(())
+}
+
 /// A validated change, ready to be written.
 struct Change {
     added: Catalogue,
@@ -184,6 +193,12 @@ impl Keystore {
     /// [`Keystore::append`].
     pub(crate) fn create(dir: &Path, header: Header, first: Vec<Operation>, mac: SecretKey) -> Result<Self> {
         Self::create_on(Arc::new(RealDisk), dir, header, first, mac)
+    }
+
+    /// Refuses a directory that holds a keystore already. [`Keystore::create`] asks too; this is for those who have work
+    /// to do before, such as calling a key service.
+    pub(crate) fn check_absent(dir: &Path) -> Result<()> {
+        refuse_existing(&RealDisk, &dir.join(FILE_NAME))
     }
 
     fn create_on(
@@ -211,13 +226,9 @@ impl Keystore {
     }
 
     fn publish_new(&self, bytes: &[u8]) -> Result<()> {
-        let failed = |error| Error::io(format_args!("creating the keystore {}", self.path.display()), error);
-        if self.disk.exists(&self.path).map_err(failed)? {
-            let message =
-                format!("there is a keystore {} already; open it, or choose another directory", self.path.display());
-            return Err(Error::new(ErrorKind::AlreadyExists, message));
-        }
-        self.disk.replace(&self.path, bytes).map_err(failed)
+        refuse_existing(&*self.disk, &self.path)?;
+        let replaced = self.disk.replace(&self.path, bytes);
+        replaced.map_err(|error| Error::io(format_args!("creating the keystore {}", self.path.display()), error))
     }
 
     fn empty(disk: Arc<dyn Disk>, path: PathBuf, header: Header, mac: Mac, tip: Tip) -> Self {
@@ -268,7 +279,6 @@ impl Keystore {
     }
 
     /// Whether the file ends in a torn append, which is not part of the catalogue and which the next append removes.
-    #[cfg(any(test, feature = "test-util"))]
     pub(crate) fn has_torn_tail(&self) -> bool {
         matches!(self.unsettled, Unsettled::TornTail(_))
     }
@@ -309,7 +319,10 @@ impl Keystore {
     fn settle(&mut self) -> io::Result<()> {
         match mem::replace(&mut self.unsettled, Unsettled::No) {
             Unsettled::No => Ok(()),
-            Unsettled::TornTail(bytes) => self.disk.replace(&self.path, &bytes),
+            Unsettled::TornTail(bytes) => {
+                self.keep_tail(bytes.len())?;
+                self.disk.replace(&self.path, &bytes)
+            }
             Unsettled::LastGroup { at, bytes } => {
                 if !bytes.is_empty() {
                     self.disk.write_at(&self.path, self.tip.end as u64, at as u64, &bytes)?;
@@ -318,6 +331,15 @@ impl Keystore {
                 self.disk.sync_dir(self.path.parent().unwrap_or(Path::new("")))
             }
         }
+    }
+
+    /// Copies what does not verify into a file of its own before it goes. Nearly always it is an append that a crash tore;
+    /// but a key that was acknowledged last, and damaged since, looks the same and must not be lost for good.
+    fn keep_tail(&self, verified: usize) -> io::Result<()> {
+        let whole = self.disk.read(&self.path, MAX_FILE_LEN as u64)?;
+        let kept = self.path.with_extension(format!("torn-{}", self.tip.seq + 1));
+        self.disk.write_new(&kept, whole.get(verified..).unwrap_or_default())?;
+        self.disk.sync_dir(self.path.parent().unwrap_or(Path::new("")))
     }
 
     /// Verifies and applies the group at `at`. False if it does not verify or is cut: its bytes are not what was written.

@@ -42,8 +42,7 @@ impl NameKeys {
         let salt: [u8; SALT_LEN] = env.random()?;
         let nonce: [u8; NONCE_LEN] = env.random()?;
         let key = self.key(&salt, self.generation)?;
-        let tag = key.get()?.seal(nonce, &salt, &associated_data(scope, owner), &mut sealed);
-        key.check()?;
+        let tag = key.with(|key| key.seal(nonce, &salt, &associated_data(scope, owner), &mut sealed))?;
         let trailer = Trailer::new(&tag, &nonce, &SubkeyName::new(&salt, self.generation, Suite::Aes256Gcm));
         sealed.extend(trailer.0);
         Ok(sealed)
@@ -61,7 +60,8 @@ impl NameKeys {
         let salt = trailer.subkey_name().salt();
         let mut name = body.to_vec();
         let key = self.key(&salt, self.generation)?;
-        let opened = key.get()?.open(trailer.nonce(), &salt, &associated_data(scope, owner), &mut name, &trailer.tag());
+        let aad = associated_data(scope, owner);
+        let opened = key.with(|key| key.open(trailer.nonce(), &salt, &aad, &mut name, &trailer.tag()))?;
         opened.map_err(|_| failed())?;
         let (len, rest) = name.split_first_chunk::<2>().ok_or_else(failed)?;
         let name = rest.get(..usize::from(u16::from_le_bytes(*len))).ok_or_else(failed)?;

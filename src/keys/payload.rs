@@ -55,8 +55,7 @@ pub(crate) fn data_payload(
         database,
         seal: key.seal,
     };
-    let secret = key.key.get()?;
-    payload(&head, secret, commitment)
+    key.key.with(|secret| payload(&head, secret, commitment))?
 }
 
 /// The payload of a cluster key, the identity key beside it.
@@ -66,13 +65,14 @@ pub(crate) fn cluster_payload(
     cluster: ClusterId,
     generation: Generation,
 ) -> Result<KeyPayload> {
-    payload(&keyless_head(Purpose::Cluster, cluster, generation), key.get()?, identity.get()?)
+    let head = keyless_head(Purpose::Cluster, cluster, generation);
+    key.with(|key| identity.with(|identity| payload(&head, key, identity)))??
 }
 
 /// The payload of a probe: a random key that protects nothing.
 pub(crate) fn probe_payload(env: &Env, cluster: ClusterId) -> Result<KeyPayload> {
     let key = random_key(env)?;
-    payload(&keyless_head(Purpose::Probe, cluster, Generation::FIRST), key.get()?, &[0; 32])
+    key.with(|key| payload(&keyless_head(Purpose::Probe, cluster, Generation::FIRST), key, &[0; 32]))?
 }
 
 /// Takes a data key out of its unwrapped payload, if it is the one that the record commits to.
@@ -90,7 +90,7 @@ pub(crate) fn accept_data(payload: &KeyPayload, record: &Record, cluster: Cluste
     let key = DataKey { generation: record.generation, suite: record.suite, seal: record.seal, key: payload.key()? };
     check_commitment(&data_commitment(&key)?, &record.commitment, &what)?;
     let beside = payload.second()?;
-    check_commitment(beside.get()?, &record.commitment, &what)?;
+    beside.with(|beside| check_commitment(beside, &record.commitment, &what))??;
     Ok(key)
 }
 

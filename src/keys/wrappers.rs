@@ -76,7 +76,13 @@ impl Wrappers {
                 Err(error) => failures.push(Failure { key: lane.id(), version: "", error }),
             }
         }
-        if wrapped.is_empty() { Err(most_telling(failures, &phrase("wrapping", request))) } else { Ok(wrapped) }
+        // A key that one master key did not wrap because it is revoked could be opened in spite of the revocation.
+        let revoked = failures.iter().any(|failure| failure.error.class.is_revocation());
+        if wrapped.is_empty() || revoked {
+            Err(most_telling(failures, &phrase("wrapping", request)))
+        } else {
+            Ok(wrapped)
+        }
     }
 
     /// Unwraps a key from those of its wrappings whose master keys are configured; the others are sent nowhere. Whether the
@@ -316,15 +322,21 @@ mod tests {
     }
 
     #[test]
-    fn a_wrap_keeps_what_succeeded_and_fails_only_if_nothing_did() {
+    fn a_wrap_keeps_what_succeeded_unless_a_master_key_is_revoked() {
         let (a, b) = (ScriptedWrapper::new("a"), ScriptedWrapper::new("b"));
         let wrappers = both(&a, &b);
         let key = payload(1);
         for (name, set) in &SCENES[1..] {
             a.restore();
             set(&b);
-            let wrapped = wrappers.wrap(&key, &request()).unwrap();
-            assert_eq!(wrapped.iter().map(|key| &key.master_key).collect::<Vec<_>>(), [&a.id()], "{name}");
+            let revoked = matches!(*name, "disabled" | "deleted" | "denied");
+            match wrappers.wrap(&key, &request()) {
+                Ok(wrapped) => {
+                    assert!(!revoked, "{name}: the key could be opened in spite of the revocation");
+                    assert_eq!(wrapped.iter().map(|key| &key.master_key).collect::<Vec<_>>(), [&a.id()], "{name}");
+                }
+                Err(error) => assert!(revoked, "{name}: {error}"),
+            }
             a.unreachable();
             assert_ne!(kind(wrappers.wrap(&key, &request())), None, "{name}");
         }

@@ -27,18 +27,17 @@ pub(crate) fn seal_payload(
     let salt: [u8; SALT_LEN] = env.random().map_err(Error::from)?;
     let nonce: [u8; NONCE_LEN] = env.random().map_err(Error::from)?;
     let subkey = subkey(key, &salt)?;
-    let cipher = subkey.get().map_err(Error::from)?;
-    let mut tag = [0; 16];
-    let sealed = payload.with_bytes(|plain| {
+    let mut sealed = Ok([0; 16]);
+    let ciphertext = payload.with_bytes(|plain| {
         KeyPayload::fill_with(|out| {
             out.copy_from_slice(plain);
-            tag = cipher.seal(nonce, &salt, &cx.associated_data(), out);
+            sealed = subkey.with(|cipher| cipher.seal(nonce, &salt, &cx.associated_data(), out));
         })
-    });
+    })??;
+    let tag = sealed.map_err(Error::from)?;
     let trailer = Trailer::new(&tag, &nonce, &SubkeyName::new(&salt, cx.generation, SUITE));
     let mut blob = Vec::with_capacity(BLOB_LEN);
-    let sealed = sealed.and_then(|sealed| sealed)?;
-    sealed.with_bytes(|ciphertext| blob.extend_from_slice(ciphertext))?;
+    ciphertext.with_bytes(|ciphertext| blob.extend_from_slice(ciphertext))?;
     blob.extend_from_slice(&trailer.0);
     Ok(blob)
 }
@@ -58,14 +57,13 @@ pub(crate) fn open_payload(key: &SecretKey, blob: &[u8], cx: &WrapContext<'_>) -
     }
     let salt = trailer.subkey_name().salt();
     let subkey = subkey(key, &salt)?;
-    let cipher = subkey.get().map_err(Error::from)?;
-    let mut opened = Ok(());
+    let mut opened = Ok(Ok(()));
     let payload = KeyPayload::fill_with(|out| {
         out.copy_from_slice(ciphertext);
-        opened = cipher.open(trailer.nonce(), &salt, &cx.associated_data(), out, &trailer.tag());
+        opened = subkey.with(|cipher| cipher.open(trailer.nonce(), &salt, &cx.associated_data(), out, &trailer.tag()));
     })?;
     // On failure the payload holds anything; dropping it wipes it.
-    opened.map(|()| payload).map_err(|_| bad("it does not open under this key and context"))
+    opened.map_err(Error::from)?.map(|()| payload).map_err(|_| bad("it does not open under this key and context"))
 }
 
 /// A public name for the key: 32 hex digits that change with it and tell nothing about it.

@@ -75,8 +75,8 @@ impl LocalKeyFile {
             ),
             _ => Error::io(what(), error),
         })?;
-        let key = key.get()?;
-        let written = file.write_all(key).and_then(|()| file.sync_all()).and_then(|()| sync_directory(path));
+        let written = key.with(|key| file.write_all(key))?;
+        let written = written.and_then(|()| file.sync_all()).and_then(|()| sync_directory(path));
         if let Err(error) = written {
             // Half a key is of no use and would stand in the way of the next attempt. It is ours: `create_new` made it.
             let _ = fs::remove_file(path);

@@ -4,18 +4,20 @@ use std::sync::{Mutex, PoisonError};
 
 use crate::error::PageError;
 use crate::format::page::{OVERHEAD, PageContext};
-use crate::page::cipher::{PageCipher, check_payload, or_zeros, seal_page, split_sealed, subkey_of};
+use crate::page::cipher::{PageCipher, check_payload, seal_page, session_of, split_sealed};
 use crate::page::pool::Pool;
-use crate::page::session::{Nonces, Session, units};
+use crate::page::session::{Leased, Nonces, Session, units};
 use crate::secret::scoped;
 
-/// Below this many bytes a batch stays on the calling thread: waking another costs more than it gains (docs of the
-/// `limits` example; measured with `benches/`).
+/// Below this many bytes a batch stays on the calling thread: waking another costs more than it gains (`limits` example).
 const INLINE_BYTES: usize = 128 * 1024;
 /// The least that a thread takes at a time, so that taking costs nothing beside working.
 const LEAST_BYTES: usize = 16 * 1024;
-/// The most pages under one range of a session's counter. Bounds what an interrupted batch throws away.
-const MAX_RANGE: usize = 1 << 16;
+/// The most pages under one range of a session's counter. Bounds what an interrupted batch throws away; and pages of the
+/// greatest length stay below what one session may seal.
+const MAX_RANGE: usize = 1 << 14;
+/// The most pages under one draw of fresh bits. They are copied first and sealed from the cache.
+const MAX_DRAW: usize = 16;
 
 /// One page of a batch, and what became of it.
 pub struct PageJob<'a> {
@@ -46,25 +48,24 @@ impl<'a> PageJob<'a> {
         self.dst
     }
 
-    fn seal(&mut self, session: &Session, nonces: &Nonces, index: u32) -> Result<(), PageError> {
-        let aad = self.context.associated_data();
-        let seal = |dst: &mut [u8]| {
-            let (payload, trailer) = split_sealed(dst)?;
-            trailer.copy_from_slice(&seal_page(&session.subkey, nonces.nonce(index), &aad, payload)?.0);
-            Ok(())
-        };
-        let Some(src) = self.src else {
-            check_payload(self.dst.len().saturating_sub(OVERHEAD))?;
-            return seal(self.dst);
-        };
-        or_zeros(self.dst, |dst| {
-            if dst.len().checked_sub(OVERHEAD) != Some(src.len()) {
+    /// Checks the lengths and reads the source, before any nonce is drawn. `Ok` means: ready to be sealed in place.
+    fn prepare(&mut self) -> Result<(), PageError> {
+        let payload_len = self.dst.len().checked_sub(OVERHEAD).ok_or(PageError::Length)?;
+        check_payload(payload_len)?;
+        if let Some(src) = self.src {
+            if src.len() != payload_len {
                 return Err(PageError::Length);
             }
-            check_payload(src.len())?;
-            dst[..src.len()].copy_from_slice(src);
-            seal(dst)
-        })
+            self.dst[..payload_len].copy_from_slice(src);
+        }
+        Ok(())
+    }
+
+    fn seal(&mut self, session: &Session, nonces: &Nonces, index: u32) -> Result<(), PageError> {
+        let aad = self.context.associated_data();
+        let (payload, trailer) = split_sealed(self.dst)?;
+        trailer.copy_from_slice(&seal_page(&session.subkey, nonces.nonce(index), &aad, payload)?.0);
+        Ok(())
     }
 
     fn open(&mut self, cipher: &PageCipher) -> Result<(), PageError> {
@@ -74,9 +75,21 @@ impl<'a> PageJob<'a> {
         }
     }
 
-    /// The longer of the two slices is the sealed one; it decides how much work the job is.
-    fn len(&self) -> usize {
-        self.dst.len().max(self.src.map_or(0, <[u8]>::len))
+    /// Ends a sealing. What a source-to-destination job wrote must not be taken for a page, nor be left as plaintext; an
+    /// in-place page that was not sealed is the engine's only copy, and stays.
+    fn end_sealing(&mut self, result: Result<(), PageError>) {
+        self.result = result;
+        if result.is_err() && self.src.is_some() {
+            self.dst.fill(0);
+        }
+    }
+
+    /// Ends an opening: no byte of a page that did not open is left.
+    fn end_opening(&mut self, result: Result<(), PageError>) {
+        self.result = result;
+        if result.is_err() {
+            self.dst.fill(0);
+        }
     }
 }
 
@@ -89,90 +102,130 @@ impl std::fmt::Debug for PageJob<'_> {
 impl PageCipher {
     /// Seals every job, on `pool` and the calling thread, and returns how many failed; each job has its own result.
     ///
-    /// The counter range and the fresh bits of the nonces are drawn here, on the calling thread, so a batch pays for them
-    /// once. If the pool panics, so does this; jobs that were not reached say [`PageError::NotRun`].
+    /// A batch takes one range of the session's counter, and its threads draw fresh bits for 16 pages at a time, after
+    /// those pages' sources were read. If the pool panics, so does this; jobs that were not reached say
+    /// [`PageError::NotRun`].
+    #[must_use = "a job that failed was not sealed: its page may still be plaintext"]
     pub fn seal_batch(&self, pool: &dyn Pool, jobs: &mut [PageJob<'_>]) -> usize {
-        jobs.chunks_mut(MAX_RANGE).map(|range| self.seal_range(pool, range)).sum()
+        jobs.iter_mut().for_each(|job| job.result = Err(PageError::NotRun));
+        for range in jobs.chunks_mut(MAX_RANGE) {
+            if let Err(error) = self.seal_range(pool, range).and_then(|()| self.0.check_fork()) {
+                range.iter_mut().for_each(|job| job.end_sealing(Err(error)));
+            }
+        }
+        count_failed(jobs)
     }
 
     /// Opens every job, on `pool` and the calling thread, and returns how many failed; each job has its own result.
+    #[must_use = "a job that failed was not opened"]
     pub fn open_batch(&self, pool: &dyn Pool, jobs: &mut [PageJob<'_>]) -> usize {
-        if let Err(error) = self.0.check_fork() {
-            return fail_all(jobs, error);
-        }
-        share_out(pool, jobs, average_len(jobs), &|_, chunk| {
-            chunk.iter_mut().for_each(|job| job.result = job.open(self))
+        jobs.iter_mut().for_each(|job| job.result = Err(PageError::NotRun));
+        let opened = self.0.check_fork().and_then(|()| {
+            share_out(pool, jobs, average_len(jobs), NoTokens, &|NoTokens, chunk| {
+                chunk.iter_mut().for_each(|job| job.result = job.open(self));
+            });
+            self.0.check_fork()
         });
+        if let Err(error) = opened {
+            jobs.iter_mut().for_each(|job| job.end_opening(Err(error)));
+        }
         count_failed(jobs)
     }
 
-    fn seal_range(&self, pool: &dyn Pool, jobs: &mut [PageJob<'_>]) -> usize {
+    fn seal_range(&self, pool: &dyn Pool, jobs: &mut [PageJob<'_>]) -> Result<(), PageError> {
+        // Before the pool: its threads do not exist in a forked child.
+        self.0.check_fork()?;
         let pages = u32::try_from(jobs.len()).expect("a range has at most MAX_RANGE pages");
-        let units = jobs.iter().map(|job| units(job.len())).sum();
-        let (session, leased) = match self.0.check_fork().and_then(|()| self.0.lease(pages, units)) {
-            Ok(leased) => leased,
-            Err(error) => return fail_all(jobs, error),
-        };
-        let session = match subkey_of(&session) {
-            Ok(session) => session,
-            Err(error) => return fail_all(jobs, error),
-        };
-        let Ok(nonces) = leased.draw(self.0.entropy()) else {
-            return fail_all(jobs, PageError::Randomness);
-        };
-        share_out(pool, jobs, average_len(jobs), &|first, chunk| {
-            for (index, job) in (first..).zip(chunk) {
-                job.result = job.seal(session, &nonces, index);
+        let units = jobs.iter().map(|job| units(job.dst.len().saturating_sub(OVERHEAD))).sum();
+        let (session, leased) = self.0.lease(pages, units)?;
+        let session = session_of(&session)?;
+        share_out(pool, jobs, average_len(jobs), leased, &|mut leased: Leased, chunk: &mut [PageJob<'_>]| {
+            for draw in chunk.chunks_mut(MAX_DRAW) {
+                self.seal_draw(session, leased.split_to(draw.len() as u32), draw);
             }
         });
-        count_failed(jobs)
+        Ok(())
+    }
+
+    /// Seals the jobs of one draw: all sources are read first, because fresh bits must not outlive a read of input.
+    fn seal_draw(&self, session: &Session, leased: Leased, jobs: &mut [PageJob<'_>]) {
+        for job in jobs.iter_mut() {
+            job.result = job.prepare();
+        }
+        let nonces = leased.draw(self.0.entropy());
+        for (index, job) in (0..).zip(jobs) {
+            let sealed = match (job.result, &nonces) {
+                (Err(error), _) => Err(error),
+                (Ok(()), Err(_)) => Err(PageError::Randomness),
+                (Ok(()), Ok(nonces)) => job.seal(session, nonces, index),
+            };
+            job.end_sealing(sealed);
+        }
     }
 }
 
-/// The jobs that no thread has taken yet.
-struct Queue<'q, J> {
-    rest: &'q mut [J],
-    next: u32,
+/// What goes with each job of a batch, and is split as the jobs are.
+pub(crate) trait Tokens: Send {
+    fn split_to(&mut self, jobs: u32) -> Self;
 }
 
-impl<'q, J> Queue<'q, J> {
+impl Tokens for Leased {
+    fn split_to(&mut self, jobs: u32) -> Self {
+        Leased::split_to(self, jobs)
+    }
+}
+
+/// For jobs that need nothing.
+pub(crate) struct NoTokens;
+
+impl Tokens for NoTokens {
+    fn split_to(&mut self, _: u32) -> Self {
+        Self
+    }
+}
+
+/// The jobs that no thread has taken yet, and their tokens.
+struct Queue<'q, J, T> {
+    jobs: &'q mut [J],
+    tokens: T,
+}
+
+impl<'q, J, T: Tokens> Queue<'q, J, T> {
     /// Takes the next jobs: a share of what is left that shrinks towards the end, so that all threads end together.
-    fn take(&mut self, threads: usize, least: usize) -> Option<(u32, &'q mut [J])> {
-        if self.rest.is_empty() {
+    fn take(&mut self, threads: usize, least: usize) -> Option<(T, &'q mut [J])> {
+        if self.jobs.is_empty() {
             return None;
         }
-        let share = (self.rest.len() / (4 * threads)).max(least).min(self.rest.len());
-        let (taken, rest) = std::mem::take(&mut self.rest).split_at_mut(share);
-        let first = self.next;
-        self.rest = rest;
-        self.next += share as u32;
-        Some((first, taken))
+        let share = (self.jobs.len() / (4 * threads)).max(least).min(self.jobs.len());
+        let (taken, rest) = std::mem::take(&mut self.jobs).split_at_mut(share);
+        self.jobs = rest;
+        Some((self.tokens.split_to(share as u32), taken))
     }
 }
 
-/// Gives every job, of about `job_len` bytes, to exactly one call of `work`, with the index of the first job of its chunk.
-/// Which thread gets which is decided here and not by the pool, so a pool that repeats or drops tasks cannot make a page be
-/// sealed twice.
-pub(crate) fn share_out<J: Send>(
+/// Gives every job, of about `job_len` bytes, to exactly one call of `work`, with its tokens. Which thread gets which is
+/// decided here and not by the pool, so a pool that repeats or drops tasks cannot make a page be sealed twice.
+pub(crate) fn share_out<J: Send, T: Tokens>(
     pool: &dyn Pool,
     jobs: &mut [J],
     job_len: usize,
-    work: &(dyn Fn(u32, &mut [J]) + Sync),
+    tokens: T,
+    work: &(dyn Fn(T, &mut [J]) + Sync),
 ) {
-    let bytes = jobs.len() * job_len;
+    let bytes = jobs.len().saturating_mul(job_len);
     let threads = if bytes < INLINE_BYTES { 1 } else { pool.threads().clamp(1, bytes / LEAST_BYTES) };
     if threads == 1 {
-        return scoped(|| work(0, jobs));
+        return scoped(|| work(tokens, jobs));
     }
     let least = LEAST_BYTES.div_ceil(job_len.max(1));
-    let queue = Mutex::new(Queue { rest: jobs, next: 0 });
+    let queue = Mutex::new(Queue { jobs, tokens });
     let task = |_| {
         scoped(|| {
             loop {
                 // A guard in the condition of `while let` would be held while working.
                 let taken = queue.lock().unwrap_or_else(PoisonError::into_inner).take(threads, least);
-                let Some((first, chunk)) = taken else { break };
-                work(first, chunk);
+                let Some((tokens, chunk)) = taken else { break };
+                work(tokens, chunk);
             }
         })
     };
@@ -180,21 +233,10 @@ pub(crate) fn share_out<J: Send>(
     task(0);
 }
 
-/// What the jobs have in common: their average length.
+/// The average length of the sealed pages: how much work a job is.
 fn average_len(jobs: &[PageJob<'_>]) -> usize {
-    jobs.iter().map(PageJob::len).sum::<usize>().checked_div(jobs.len()).unwrap_or(0)
-}
-
-fn fail_all(jobs: &mut [PageJob<'_>], error: PageError) -> usize {
-    for job in jobs.iter_mut() {
-        job.result = Err(error);
-        // What a source-to-destination job would have written must not be taken for a page. An in-place page that was to
-        // be sealed is the engine's only copy: it stays.
-        if job.src.is_some() {
-            job.dst.fill(0);
-        }
-    }
-    jobs.len()
+    let len = |job: &PageJob<'_>| job.dst.len().max(job.src.map_or(0, <[u8]>::len));
+    jobs.iter().map(len).fold(0, usize::saturating_add).checked_div(jobs.len()).unwrap_or(0)
 }
 
 fn count_failed(jobs: &[PageJob<'_>]) -> usize {

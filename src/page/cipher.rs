@@ -1,19 +1,21 @@
 //! [`PageCipher`]: seals and opens one page.
 
+use std::fs::File;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use arc_swap::{ArcSwapOption, Guard};
 
-use crate::aead::AesBackend;
+use crate::aead::{AeadKey, AesBackend};
 use crate::env::{Entropy, Env};
 use crate::error::PageError;
 use crate::format::derive::Label;
 use crate::format::page::{AAD_LEN, MAX_PAYLOAD, NONCE_LEN, OVERHEAD, PageContext, SALT_LEN, SubkeyName, Trailer};
 use crate::ids::{DatabaseId, Generation};
 use crate::keys::keyring::{DataKey, Keyring};
-use crate::page::session::{Counter, Leased, Session, units};
+use crate::page::session::{Counter, Leased, MAX_SEALS, MAX_UNITS, Session, units};
 use crate::page::subkeys::{Subkey, SubkeyCache};
+use crate::secret::{Forked, Locked};
 
 /// Seals and opens the pages of one database.
 ///
@@ -55,6 +57,8 @@ pub(crate) struct CipherInner {
     /// How often the cluster was told that its machine was resumed.
     resumes: Arc<AtomicU64>,
     env: Env,
+    /// Keeps the cluster locked as long as anybody can seal with its keys.
+    _lock: Option<Arc<File>>,
 }
 
 impl PageCipher {
@@ -64,9 +68,11 @@ impl PageCipher {
         subkeys: Arc<SubkeyCache>,
         resumes: Arc<AtomicU64>,
         env: Env,
+        lock: Option<Arc<File>>,
     ) -> Self {
         let session = ArcSwapOption::empty();
-        Self(Arc::new(CipherInner { keyring, backend, session, opening: Mutex::new(()), subkeys, resumes, env }))
+        let opening = Mutex::new(());
+        Self(Arc::new(CipherInner { keyring, backend, session, opening, subkeys, resumes, env, _lock: lock }))
     }
 
     /// Seals `src` into `dst`, which must be [`OVERHEAD`] bytes longer.
@@ -130,7 +136,7 @@ impl PageCipher {
     pub fn seal_detached(&self, context: &PageContext, payload: &mut [u8]) -> Result<Trailer, PageError> {
         check_payload(payload.len())?;
         let (session, leased) = self.0.lease(1, units(payload.len()))?;
-        let subkey = &subkey_of(&session)?.subkey;
+        let subkey = &session_of(&session)?.subkey;
         let nonces = leased.draw(&*self.0.env.entropy).map_err(|_| PageError::Randomness)?;
         seal_page(subkey, nonces.nonce(0), &context.associated_data(), payload)
     }
@@ -165,7 +171,7 @@ impl PageCipher {
     #[cfg(feature = "test-util")]
     pub(crate) fn set_counter(&self, seals: u32, units: u32) -> Result<(), PageError> {
         let (session, _) = self.0.lease(1, 1)?;
-        subkey_of(&session)?.counter.set(seals, units);
+        session_of(&session)?.counter.set(seals, units);
         Ok(())
     }
 }
@@ -182,6 +188,10 @@ impl CipherInner {
     /// Takes a range of the current session, opening the next session when there is none or it is used up.
     #[inline]
     pub(crate) fn lease(&self, pages: u32, units: u64) -> Result<(SessionGuard, Leased), PageError> {
+        // No session could ever hold more; opening one after the other would not end.
+        if units > MAX_UNITS || u64::from(pages) > MAX_SEALS {
+            return Err(PageError::Length);
+        }
         loop {
             let current = self.session.load();
             if let Some(session) = &*current
@@ -219,6 +229,9 @@ impl CipherInner {
     fn make_subkey(&self, data_key: &DataKey, name: SubkeyName) -> Result<Arc<Subkey>, PageError> {
         let salt: [u8; SALT_LEN] = name.salt();
         loop {
+            if Locked::<AeadKey>::would_use_reserve() && self.subkeys.shrink() {
+                continue;
+            }
             match data_key.derive(Label::Page, &salt, self.backend) {
                 Ok(key) => return Ok(Arc::new(Subkey { owner: self.keyring.owner, name, salt, key })),
                 Err(PageError::LockedMemory) if self.subkeys.shrink() => {}
@@ -282,7 +295,7 @@ impl Drop for CipherInner {
 
 /// The session behind the guard that [`CipherInner::lease`] returned.
 #[inline]
-pub(crate) fn subkey_of(guard: &SessionGuard) -> Result<&Session, PageError> {
+pub(crate) fn session_of(guard: &SessionGuard) -> Result<&Session, PageError> {
     guard.as_deref().ok_or(PageError::Forked)
 }
 
@@ -295,18 +308,19 @@ pub(crate) fn seal_page(
     aad: &[u8; AAD_LEN],
     payload: &mut [u8],
 ) -> Result<Trailer, PageError> {
-    let tag = subkey.key.get()?.seal(nonce, &subkey.salt, aad, payload);
-    if subkey.key.check().is_err() {
-        payload.fill(0);
-        return Err(PageError::Forked);
+    subkey.key.check()?;
+    match subkey.key.with(|key| key.seal(nonce, &subkey.salt, aad, payload)) {
+        Ok(tag) => Ok(Trailer::new(&tag, &nonce, &subkey.name)),
+        Err(Forked) => {
+            payload.fill(0);
+            Err(PageError::Forked)
+        }
     }
-    Ok(Trailer::new(&tag, &nonce, &subkey.name))
 }
 
 #[inline]
 fn open_page(subkey: &Subkey, aad: &[u8; AAD_LEN], payload: &mut [u8], trailer: &Trailer) -> Result<(), PageError> {
-    let opened = subkey.key.get()?.open(trailer.nonce(), &subkey.salt, aad, payload, &trailer.tag());
-    subkey.key.check()?;
+    let opened = subkey.key.with(|key| key.open(trailer.nonce(), &subkey.salt, aad, payload, &trailer.tag()))?;
     opened.map_err(|_| PageError::Authentication)
 }
 

@@ -5,8 +5,8 @@
 //!   that a restore could turn back.
 //! - Within a session the counter makes nonces unique, whatever the random source does.
 //! - Fresh bits in each nonce keep a *cloned machine* apart, where both copies go on with the same salt and counter. A call
-//!   first takes its range of the counter and then draws the bits. The types leave no other order: bits come only out of
-//!   [`Leased::draw`]. In the other order, a clone taken between the two can pair old bits with a counter that the other
+//!   first takes its range of the counter, then reads its input, and then draws the bits. The types leave no other order of
+//!   range and bits: bits come only out of [`Leased::draw`]. In the other order, a clone taken between the two can pair old bits with a counter that the other
 //!   copy pairs with the same bits for other data.
 
 use std::sync::Arc;
@@ -23,7 +23,7 @@ pub(crate) const MAX_SEALS: u64 = 1 << 28;
 pub(crate) const MAX_BYTES: u64 = 1 << 40;
 /// Bytes are counted in units of this many, each page rounded up, so that both counts fit one atomic word.
 const UNIT: u64 = 512;
-const MAX_UNITS: u64 = MAX_BYTES / UNIT;
+pub(crate) const MAX_UNITS: u64 = MAX_BYTES / UNIT;
 
 const _: () = assert!(MAX_UNITS <= u32::MAX as u64);
 const _: () = assert!(MAX_SEALS <= u32::MAX as u64);
@@ -80,7 +80,7 @@ impl Counter {
         (now as u32, (now >> 32) as u32)
     }
 
-    #[cfg(any(test, feature = "test-util"))]
+    #[cfg(feature = "test-util")]
     pub(crate) fn set(&self, seals: u32, units: u32) {
         self.0.store(u64::from(units) << 32 | u64::from(seals), Ordering::Relaxed);
     }
@@ -100,6 +100,15 @@ pub(crate) struct Leased {
 }
 
 impl Leased {
+    /// Splits the first `pages` off: the parts of a batch that threads take draw their own bits.
+    pub(crate) fn split_to(&mut self, pages: u32) -> Self {
+        assert!(pages <= self.pages, "{pages} pages are more than the {} that are left of a range", self.pages);
+        let first = self.first;
+        self.first += pages;
+        self.pages -= pages;
+        Self { first, pages }
+    }
+
     /// Draws the fresh bits, once for the whole range. The nonces must be used at once, by the call that drew them: never
     /// after a wait, a callback or a read of input.
     #[inline]
@@ -186,6 +195,15 @@ mod tests {
         let nonces = counter.lease(3, 24).unwrap().draw(&entropy).unwrap();
         assert!(entropy.1.load(Ordering::Relaxed), "bits were drawn before the counter was advanced");
         assert_eq!(nonces.nonce(2), [2, 0, 0, 0, 9, 9, 9, 9, 9, 9, 9, 9]);
+    }
+
+    #[test]
+    fn the_parts_of_a_range_cover_it_once() {
+        let counter = Counter::at(10, 0);
+        let mut leased = counter.lease(5, 5).unwrap();
+        let parts = [leased.split_to(2), leased.split_to(0), leased.split_to(3)];
+        assert_eq!(parts.map(|part| (part.first, part.pages)), [(10, 2), (12, 0), (12, 3)]);
+        assert_eq!(leased.pages, 0);
     }
 
     #[test]

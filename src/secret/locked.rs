@@ -73,20 +73,28 @@ impl<T> Locked<T> {
         }
     }
 
-    /// The value, or [`Forked`] in a child.
+    /// Lends the value to `f`. The canary is looked at before and after: if the process was forked in the middle, `f` may
+    /// have worked with the zeros that the kernel left, and what it made must not be used.
     #[inline]
-    pub(crate) fn get(&self) -> Result<&T, Forked> {
+    pub(crate) fn with<R>(&self, f: impl FnOnce(&T) -> R) -> Result<R, Forked> {
         self.check()?;
         // SAFETY: the slot holds a `T` written by the constructor, and nobody else writes to it while `self` lives.
-        Ok(unsafe { &(*self.slot.as_ptr()).value })
+        let made = f(unsafe { &(*self.slot.as_ptr()).value });
+        self.check()?;
+        Ok(made)
     }
 
-    /// Whether the value is still there: after a computation, to learn whether the process was forked in its middle.
+    /// Whether the value is still there.
     #[inline]
     pub(crate) fn check(&self) -> Result<(), Forked> {
         // SAFETY: the slot is mapped as long as `self.arena` lives. Volatile, because the kernel changes it at a fork.
         let canary = unsafe { (&raw const (*self.slot.as_ptr()).canary).read_volatile() };
         if canary == CANARY { Ok(()) } else { Err(Forked) }
+    }
+
+    /// Whether one more value would take of the last locked memory, which is kept for keys that no cache can give back.
+    pub(crate) fn would_use_reserve() -> bool {
+        Arena::of_this_process().is_ok_and(|arena| arena.would_use_reserve(Self::slot_len()))
     }
 
     fn allocate() -> Result<(Arc<Arena>, NonNull<Slot<T>>), LockedMemoryError> {
@@ -183,6 +191,13 @@ impl Arena {
         lists.of(len).pop().ok_or(LockedMemoryError::Exhausted)
     }
 
+    /// A quarter of what this process may lock is the reserve.
+    fn would_use_reserve(&self, len: usize) -> bool {
+        let mut lists = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        let locked: usize = lists.chunks.iter().map(|chunk| chunk.len).sum();
+        lists.of(len).is_empty() && (locked + len.max(CHUNK)) as u64 > lockable() / 4 * 3
+    }
+
     /// Wipes a slot and puts it on the free list. In a forked child, where the kernel wiped it already, it does nothing.
     fn give_back(&self, slot: NonNull<u8>, len: usize) {
         if self.fork.forked() {
@@ -202,6 +217,14 @@ impl FreeLists {
         });
         &mut self.by_len[at].1
     }
+}
+
+/// The limit on locked memory. A process with CAP_IPC_LOCK may pass it, but need not.
+fn lockable() -> u64 {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the kernel writes the limit to where it is told, and fails for nothing but a wrong pointer.
+    unsafe { libc::getrlimit(libc::RLIMIT_MEMLOCK, &raw mut limit) };
+    limit.rlim_cur
 }
 
 /// Tells a forked child that it is one, without a system call: a page that the kernel zeroes in children.
@@ -304,7 +327,7 @@ mod tests {
     fn slots_do_not_overlap() {
         let secrets: Vec<_> = (0..=255).map(secret).collect();
         for (byte, secret) in (0..=255).zip(&secrets) {
-            assert_eq!(secret.get(), Ok(&[byte; 32]));
+            assert_eq!(secret.with(|bytes| *bytes), Ok([byte; 32]));
         }
     }
 
@@ -324,7 +347,7 @@ mod tests {
         assert!(panicked.is_err());
         let next: Vec<_> =
             (0..600).map(|_| Locked::<[u8; 32]>::fill_with(|_| Ok::<(), LockedMemoryError>(()))).collect();
-        assert!(next.iter().all(|secret| secret.as_ref().is_ok_and(|s| s.get() == Ok(&[0; 32]))));
+        assert!(next.iter().all(|secret| secret.as_ref().is_ok_and(|s| s.with(|bytes| *bytes) == Ok([0; 32]))));
     }
 
     #[test]

@@ -11,6 +11,8 @@ mod locked;
 mod wipe;
 
 pub(crate) use locked::{ForkDetector, Forked, Locked, LockedMemoryError};
+#[cfg(feature = "rustcrypto")]
+pub(crate) use wipe::scoped_to;
 pub(crate) use wipe::{scoped, scoped_call, scoped_deep, wipe_vector_registers};
 
 use zeroize::Zeroize;
@@ -49,8 +51,7 @@ impl KeyPayload {
     /// # Errors
     /// [`ErrorKind::Forked`] in a forked child, where the bytes are gone.
     pub fn with_bytes<R>(&self, f: impl FnOnce(&[u8; PAYLOAD_LEN]) -> R) -> Result<R, Error> {
-        let bytes = self.0.get()?;
-        Ok(f(bytes))
+        Ok(self.0.with(f)?)
     }
 
     pub(crate) fn fill_with(f: impl FnOnce(&mut [u8; PAYLOAD_LEN])) -> Result<Self, Error> {
@@ -71,11 +72,12 @@ impl KeyPayload {
     }
 
     fn part(&self, at: usize) -> Result<SecretKey, Error> {
-        let bytes = self.0.get()?;
-        SecretKey::fill_with(|out| {
-            out.copy_from_slice(&bytes[at..at + 32]);
-            Ok(())
-        })
+        self.0.with(|bytes| {
+            SecretKey::fill_with(|out| {
+                out.copy_from_slice(&bytes[at..at + 32]);
+                Ok(())
+            })
+        })?
     }
 }
 

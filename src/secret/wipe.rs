@@ -19,7 +19,9 @@ pub(crate) fn scoped_deep<R>(f: impl FnOnce() -> R) -> R {
     scoped_to::<{ 8 * STACK }, R>(f)
 }
 
-fn scoped_to<const DEPTH: usize, R>(f: impl FnOnce() -> R) -> R {
+/// As [`scoped`], `DEPTH` bytes deep. For calls of ciphers that use all vector registers: AVX-512 code keeps keys in those
+/// above 15, too.
+pub(crate) fn scoped_to<const DEPTH: usize, R>(f: impl FnOnce() -> R) -> R {
     struct WipeOnExit<const DEPTH: usize>;
     impl<const DEPTH: usize> Drop for WipeOnExit<DEPTH> {
         fn drop(&mut self) {

@@ -1,9 +1,9 @@
 //! The file operations that durable state needs, behind a trait, so that tests decide which of them fails and where a
 //! crash tears them.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 /// A file system. What is written is durable only when the operation says so; after any error, nothing is known about
@@ -101,6 +101,20 @@ impl Disk for RealDisk {
         file.write_all_at(bytes, at)?;
         file.sync_data()
     }
+}
+
+/// Makes a directory and those above it, with mode 0700, each durable in the one above.
+pub(crate) fn make_directories(path: &Path) -> io::Result<()> {
+    if path.is_dir() {
+        return Ok(());
+    }
+    let above = path.parent().filter(|above| !above.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    make_directories(above)?;
+    match DirBuilder::new().mode(0o700).create(path) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+        _ => {}
+    }
+    File::open(above)?.sync_all()
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
 
 use arc_swap::ArcSwapOption;
 
@@ -16,13 +16,14 @@ use crate::env::Env;
 use crate::error::{Error, ErrorKind, PageError, Result};
 use crate::format::derive::Label;
 use crate::format::file_header::{
-    BODY_LEN, CLEAR_LEN, ClearHeader, HeaderBody, SLOT_LEN, SLOTS, check_page_size, page_offset,
+    BODY_LEN, CLEAR_LEN, ClearHeader, HeaderBody, SLOT_LEN, SLOTS, check_page_size, page_offset, unknown_version,
 };
 use crate::format::page::{NONCE_LEN, OVERHEAD, PageContext, SALT_LEN, SubkeyName, Trailer};
 use crate::ids::{ClusterId, DatabaseId, FileId};
-use crate::page::batch::{PageJob, share_out};
+use crate::page::batch::{NoTokens, PageJob, share_out};
 use crate::page::cipher::{PageCipher, or_zeros};
 use crate::page::pool::Pool;
+use crate::storage::disk::make_directories;
 use crate::storage::map::ReadMap;
 
 /// How much is sealed before it is written. Large enough for all threads, small enough to stay in the cache.
@@ -106,13 +107,15 @@ impl std::fmt::Debug for ReadJob<'_> {
 #[derive(Clone)]
 pub struct PageFile(Arc<Inner>);
 
-struct Inner {
+pub(crate) struct Inner {
     cipher: PageCipher,
     backend: AesBackend,
     env: Env,
     path: PathBuf,
     file: File,
     clear: ClearHeader,
+    /// The keystore's, as it grows.
+    keystore_sequence: Arc<AtomicU64>,
     /// Readers look no further than this.
     written: AtomicU64,
     map: ArcSwapOption<ReadMap>,
@@ -134,6 +137,8 @@ pub(crate) struct Place {
     pub(crate) cipher: PageCipher,
     pub(crate) backend: AesBackend,
     pub(crate) env: Env,
+    /// The sequence of the cluster's keystore, as it grows.
+    pub(crate) keystore_sequence: Arc<AtomicU64>,
 }
 
 impl Place {
@@ -141,8 +146,9 @@ impl Place {
         self.directory.join(self.file.to_string())
     }
 
-    pub(crate) fn exists(&self) -> bool {
-        self.path().exists()
+    /// Where a file lies between its making and its registration.
+    fn unregistered(&self) -> PathBuf {
+        self.path().with_extension("new")
     }
 
     fn check(&self, clear: &ClearHeader, path: &Path) -> Result<()> {
@@ -164,8 +170,13 @@ impl Place {
 }
 
 impl PageFile {
-    /// Makes the file, durably, with both header slots; it exists whole or not at all.
-    pub(crate) fn create(place: Place, options: &PageFileOptions, keystore_sequence: u64) -> Result<Self> {
+    /// Makes the file: whole and durable under a temporary name, then `register`ed, then under its own. An interrupted
+    /// making is finished by [`PageFile::open`] if it was registered; otherwise what is left belongs to nobody.
+    pub(crate) fn create(
+        place: Place,
+        options: &PageFileOptions,
+        register: impl FnOnce() -> Result<()>,
+    ) -> Result<Self> {
         options.check()?;
         let path = place.path();
         let clear = ClearHeader {
@@ -176,16 +187,23 @@ impl PageFile {
             slot: 0,
         };
         let oldest_generation = place.cipher.generation();
+        let keystore_sequence = place.keystore_sequence.load(Ordering::Acquire);
         let header = HeaderBody { sequence: 1, written: 0, oldest_generation, keystore_sequence };
         let first = HeaderBody { sequence: 0, ..header };
         let slots = [place.seal_slot(&clear, &first)?, place.seal_slot(&ClearHeader { slot: 1, ..clear }, &header)?];
-        let file = write_new(&path, &slots.concat())
-            .map_err(|error| Error::io(format!("creating {}", path.display()), error))?;
+        let io = |error| Error::io(format!("creating {}", path.display()), error);
+        let file = write_new(&place.unregistered(), &slots.concat()).map_err(io)?;
+        register()?;
+        publish(&place.unregistered(), &path).map_err(io)?;
         Ok(Self::new(place, path, file, clear, header))
     }
 
     pub(crate) fn open(place: Place) -> Result<Self> {
         let path = place.path();
+        if !path.exists() && place.unregistered().exists() {
+            let finished = publish(&place.unregistered(), &path);
+            finished.map_err(|error| Error::io(format!("finishing the creation of {}", path.display()), error))?;
+        }
         let file = OpenOptions::new().read(true).write(true).open(&path).map_err(|error| match error.kind() {
             std::io::ErrorKind::NotFound => Error::with_source(
                 ErrorKind::NotFound,
@@ -194,12 +212,27 @@ impl PageFile {
             ),
             _ => Error::io(format!("opening {}", path.display()), error),
         })?;
-        let (clear, header) = place.read_header(&file, &path)?;
+        let (clear, header, settled) = place.read_header(&file, &path)?;
+        place.check_keystore(&header, &path)?;
         let page_file = Self::new(place, path, file, clear, header);
         if header.written > 0 {
             page_file.remap(header.written)?;
         }
+        if !settled {
+            // A crash between the slots, damage to one, or a sync that failed unseen: make both say the same, durably.
+            page_file.sync("syncing")?;
+            let header = page_file.write_both_slots(header)?;
+            page_file.0.writer.lock().unwrap_or_else(PoisonError::into_inner).header = header;
+        }
         Ok(page_file)
+    }
+
+    pub(crate) fn from_inner(inner: Arc<Inner>) -> Self {
+        Self(inner)
+    }
+
+    pub(crate) fn downgrade(&self) -> Weak<Inner> {
+        Arc::downgrade(&self.0)
     }
 
     fn new(place: Place, path: PathBuf, file: File, clear: ClearHeader, header: HeaderBody) -> Self {
@@ -207,6 +240,7 @@ impl PageFile {
             cipher: place.cipher,
             backend: place.backend,
             env: place.env,
+            keystore_sequence: place.keystore_sequence,
             path,
             file,
             clear,
@@ -255,17 +289,24 @@ impl PageFile {
     }
 
     /// Reads every job, on `pool` and the calling thread, and returns how many failed; each job has its own result.
+    #[must_use = "a job that failed holds no page"]
     pub fn read_many(&self, pool: &dyn Pool, jobs: &mut [ReadJob<'_>]) -> usize {
-        if let Err(error) = self.0.cipher.0.check_fork() {
-            jobs.iter_mut().for_each(|job| job.result = or_zeros(job.buf, |_| Err(error)).map(|()| Read::Page));
-            return jobs.len();
-        }
-        self.populate(jobs);
-        share_out(pool, jobs, self.payload_len(), &|_, chunk| {
-            for job in chunk {
-                job.result = self.read_page(job.page, job.buf);
-            }
+        jobs.iter_mut().for_each(|job| job.result = Err(PageError::NotRun));
+        let read = self.0.cipher.0.check_fork().and_then(|()| {
+            self.populate(jobs);
+            share_out(pool, jobs, self.payload_len(), NoTokens, &|NoTokens, chunk: &mut [ReadJob<'_>]| {
+                for job in chunk {
+                    job.result = self.read_page(job.page, job.buf);
+                }
+            });
+            self.0.cipher.0.check_fork()
         });
+        if let Err(error) = read {
+            for job in jobs.iter_mut() {
+                job.buf.fill(0);
+                job.result = Err(error);
+            }
+        }
         jobs.iter().filter(|job| job.result.is_err()).count()
     }
 
@@ -275,6 +316,7 @@ impl PageFile {
     /// [`ErrorKind::InUse`] while another writer exists; [`ErrorKind::Io`] after a failed write, until the file is opened
     /// again.
     pub fn append(&self) -> Result<Appender<'_>> {
+        self.0.cipher.0.check_fork()?;
         let writer = match self.0.writer.try_lock() {
             Ok(writer) => writer,
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
@@ -285,17 +327,23 @@ impl PageFile {
                 ));
             }
         };
-        if writer.failed {
-            let message = format!("a write to {} failed before; close it and open it again", self.0.path.display());
-            return Err(Error::new(ErrorKind::Io, message));
-        }
+        self.check_writer(&writer)?;
         let next = writer.header.written;
         Ok(Appender { file: self, writer, next, sealed: Vec::new() })
+    }
+
+    fn check_writer(&self, writer: &Writer) -> Result<()> {
+        if !writer.failed {
+            return Ok(());
+        }
+        let message = format!("a write to {} failed before; close it and open it again", self.0.path.display());
+        Err(Error::new(ErrorKind::Io, message))
     }
 
     fn read_page(&self, page: u64, buf: &mut [u8]) -> Result<Read, PageError> {
         if page >= self.pages() {
             buf.fill(0);
+            self.0.cipher.0.check_fork()?;
             return if buf.len() == self.payload_len() { Ok(Read::NeverWritten) } else { Err(PageError::Length) };
         }
         or_zeros(buf, |buf| {
@@ -383,8 +431,10 @@ impl Appender<'_> {
     /// number of the first. `payloads` is any number of pages of [`PageFile::payload_len`] bytes, one after the other.
     ///
     /// # Errors
-    /// [`ErrorKind::Invalid`] if it is not, with nothing written; else what sealing or writing failed with.
+    /// [`ErrorKind::Invalid`] if it is not, with nothing written; else what sealing or writing failed with. After a failed
+    /// write the file takes no more until it is opened again.
     pub fn write(&mut self, pool: &dyn Pool, payloads: &[u8]) -> Result<u64> {
+        self.file.check_writer(&self.writer)?;
         let payload_len = self.file.payload_len();
         if !payloads.len().is_multiple_of(payload_len) {
             return Err(Error::invalid(format!("{} bytes are not whole pages of {payload_len} bytes", payloads.len())));
@@ -402,17 +452,13 @@ impl Appender<'_> {
     /// # Errors
     /// [`ErrorKind::Io`]; whether the pages are there is then unknown until the file is opened again.
     pub fn finish(mut self) -> Result<u64> {
+        self.file.check_writer(&self.writer)?;
         // Until all of it succeeded: a sync that failed must never be tried again, for the kernel forgets what it lost.
         self.writer.failed = true;
-        self.sync("syncing the pages of")?;
-        // One slot and then, once it is safe, the other: a slot that is damaged later takes no pages with it.
-        for _ in 0..SLOTS {
-            let header =
-                HeaderBody { sequence: self.writer.header.sequence + 1, written: self.next, ..self.writer.header };
-            self.file.write_header(&header)?;
-            self.sync("syncing the header of")?;
-            self.writer.header = header;
-        }
+        self.file.sync("syncing the pages of")?;
+        let keystore_sequence = self.file.0.keystore_sequence.load(Ordering::Acquire);
+        let header = HeaderBody { written: self.next, keystore_sequence, ..self.writer.header };
+        self.writer.header = self.file.write_both_slots(header)?;
         self.file.remap(self.next)?;
         self.file.0.written.store(self.next, Ordering::Release);
         self.writer.failed = false;
@@ -437,13 +483,12 @@ impl Appender<'_> {
             return Err(self.file.page_error(error, page));
         }
         let written = self.file.0.file.write_all_at(&self.sealed, offset);
-        written.map_err(|error| self.file.io_error("appending pages to", error))?;
+        if let Err(error) = written {
+            self.writer.failed = true;
+            return Err(self.file.io_error("appending pages to", error));
+        }
         self.next += count as u64;
         Ok(())
-    }
-
-    fn sync(&self, what: &str) -> Result<()> {
-        self.file.0.file.sync_data().map_err(|error| self.file.io_error(what, error))
     }
 }
 
@@ -454,6 +499,22 @@ impl std::fmt::Debug for Appender<'_> {
 }
 
 impl PageFile {
+    /// Writes the header into one slot and then, once that is safe, into the other: a write that is torn leaves one slot,
+    /// and a slot that is damaged later takes no pages with it. Returns what was written last.
+    fn write_both_slots(&self, mut header: HeaderBody) -> Result<HeaderBody> {
+        for _ in 0..SLOTS {
+            let next = header.sequence.checked_add(1);
+            header.sequence = next.ok_or_else(|| Error::damaged(format!("{} is at its end", self.0.path.display())))?;
+            self.write_header(&header)?;
+            self.sync("syncing the header of")?;
+        }
+        Ok(header)
+    }
+
+    fn sync(&self, what: &str) -> Result<()> {
+        self.0.file.sync_data().map_err(|error| self.io_error(what, error))
+    }
+
     /// Writes the header into the slot that does not hold the last one.
     fn write_header(&self, header: &HeaderBody) -> Result<()> {
         let slot = (header.sequence % SLOTS as u64) as u32;
@@ -469,22 +530,32 @@ impl Place {
         seal_slot(&self.cipher, self.backend, &self.env, clear, body)
     }
 
-    /// The newest slot that opens. A torn write spoils one slot at most.
-    fn read_header(&self, file: &File, path: &Path) -> Result<(ClearHeader, HeaderBody)> {
-        let mut newest: Option<(ClearHeader, HeaderBody)> = None;
-        let mut failure = None;
-        for slot in 0..SLOTS as u32 {
-            match self.read_slot(file, path, slot) {
-                Ok(read) if newest.is_none_or(|(_, body)| body.sequence < read.1.sequence) => newest = Some(read),
-                Ok(_) => {}
-                Err(error) => failure = Some(failure.unwrap_or(error)),
+    /// The newest slot that opens, and whether the other says the same. A torn write spoils one slot at most.
+    fn read_header(&self, file: &File, path: &Path) -> Result<(ClearHeader, HeaderBody, bool)> {
+        match [self.read_slot(file, path, 0), self.read_slot(file, path, 1)] {
+            [Ok((clear, a)), Ok((_, b))] => {
+                let (old, new) = if a.sequence < b.sequence { (a, b) } else { (b, a) };
+                let settled = HeaderBody { sequence: new.sequence, ..old } == new && new.sequence - old.sequence == 1;
+                Ok((clear, new, settled))
             }
+            [Ok((clear, body)), Err(_)] | [Err(_), Ok((clear, body))] => Ok((clear, body, false)),
+            [Err(error), Err(_)] => Err(error),
         }
-        match (newest, failure) {
-            (Some(newest), _) => Ok(newest),
-            (None, Some(failure)) => Err(failure),
-            (None, None) => Err(Error::damaged(format!("{} has no header", path.display()))),
+    }
+
+    /// The keystore only grows: one that is older than what a file saw was put back from a copy.
+    fn check_keystore(&self, header: &HeaderBody, path: &Path) -> Result<()> {
+        let have = self.keystore_sequence.load(Ordering::Acquire);
+        if header.keystore_sequence <= have {
+            return Ok(());
         }
+        let message = format!(
+            "the keystore is older than {}: it stands at change {have}, the file has seen change {}; put the newest \
+             keystore back",
+            path.display(),
+            header.keystore_sequence
+        );
+        Err(Error::new(ErrorKind::KeystoreStale, message))
     }
 
     fn read_slot(&self, file: &File, path: &Path, slot: u32) -> Result<(ClearHeader, HeaderBody)> {
@@ -496,6 +567,10 @@ impl Place {
         })?;
         let (clear_bytes, rest) =
             bytes.split_first_chunk_mut::<CLEAR_LEN>().expect("a slot is longer than its clear part");
+        if let Some(version) = unknown_version(clear_bytes) {
+            let message = format!("{} has format version {version:?}; use a newer version of pageseal", path.display());
+            return Err(Error::new(ErrorKind::Unsupported, message));
+        }
         let clear = ClearHeader::decode(clear_bytes).map_err(|why| damaged_slot(path, slot, why.0))?;
         self.check(&clear, path)?;
         if clear.slot != slot {
@@ -524,7 +599,7 @@ impl Place {
         }
         let salt = name.salt();
         let subkey = key.derive(Label::Head, &salt, self.backend)?;
-        let opened = subkey.get()?.open(trailer.nonce(), &salt, aad, body, &trailer.tag());
+        let opened = subkey.with(|key| key.open(trailer.nonce(), &salt, aad, body, &trailer.tag()))?;
         opened.map_err(|_| failed())
     }
 }
@@ -547,8 +622,7 @@ fn seal_slot(
     let clear = clear.encode();
     let mut body = body.encode();
     let subkey = key.derive(Label::Head, &salt, backend)?;
-    let tag = subkey.get()?.seal(nonce, &salt, &clear, &mut body);
-    subkey.check()?;
+    let tag = subkey.with(|key| key.seal(nonce, &salt, &clear, &mut body))?;
     let trailer = Trailer::new(&tag, &nonce, &SubkeyName::new(&salt, key.generation, key.suite));
     let mut slot = [0; SLOT_LEN];
     slot[..CLEAR_LEN].copy_from_slice(&clear);
@@ -557,20 +631,24 @@ fn seal_slot(
     Ok(slot)
 }
 
-/// Writes a new file under a temporary name, syncs it, gives it its name, and syncs the directory.
+/// Writes a new file and makes it durable, with its directory. What an earlier attempt left at `path` is removed.
 fn write_new(path: &Path, bytes: &[u8]) -> std::io::Result<File> {
     let directory = path.parent().ok_or_else(|| std::io::Error::other("the path has no directory"))?;
-    fs::create_dir_all(directory)?;
-    let temporary = path.with_extension("tmp");
-    let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+    make_directories(directory)?;
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path)?;
     file.write_all_at(bytes, 0)?;
     file.sync_all()?;
-    // Not `rename`, which would replace a file of that name: file ids are random, so one there is nobody's to lose.
-    fs::hard_link(&temporary, path)?;
-    fs::remove_file(&temporary)?;
     File::open(directory)?.sync_all()?;
-    if let Some(above) = directory.parent() {
-        File::open(above)?.sync_all()?;
-    }
     Ok(file)
+}
+
+/// Gives a new file its name. File ids are random, so none is there that it could replace.
+fn publish(from: &Path, to: &Path) -> std::io::Result<()> {
+    fs::rename(from, to)?;
+    let directory = to.parent().ok_or_else(|| std::io::Error::other("the path has no directory"))?;
+    File::open(directory)?.sync_all()
 }

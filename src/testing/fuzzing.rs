@@ -3,10 +3,11 @@
 //!
 //! Files lie in `/dev/shm`, so that a million of them cost no disk.
 
+use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
-use std::{env, fs, io, process};
+use std::{env, io};
 
 use crate::aead::{AesBackend, hmac_sha256};
 use crate::env::Env;
@@ -75,6 +76,11 @@ impl Structure {
                 // The MAC is not part of what was decoded.
                 let (_, mac) = bytes[..len].split_at(len - HEADER_MAC_LEN);
                 out.truncate(out.len().saturating_sub(HEADER_MAC_LEN));
+                // A header may have more sectors of padding than it needs.
+                if out.len() < len - HEADER_MAC_LEN {
+                    out.resize(len - HEADER_MAC_LEN, 0);
+                    out[8..12].copy_from_slice(&bytes[8..12]);
+                }
                 out.extend(mac);
                 return Some((len, out));
             }
@@ -411,7 +417,8 @@ fn database_id(byte: u8) -> DatabaseId {
     DatabaseId::from_bytes([byte; 16])
 }
 
-/// A page file with three small pages, written in two steps, under a stray data key.
+/// A page file with three small pages, written in two steps, under a stray data key. It is as a crash leaves it that comes
+/// in the second step, between the writes of the two header slots.
 pub struct KnownFile {
     cipher: PageCipher,
     bytes: Vec<u8>,
@@ -430,18 +437,21 @@ impl KnownFile {
         let cipher = super::stray_cipher(Suite::Aes256Gcm, AesBackend::Ring)?;
         let mut new = Self { cipher, bytes: Vec::new(), scratch: Scratch::new()? };
         let options = PageFileOptions::new().page_size(Self::PAGE_SIZE);
-        let file = PageFile::create(new.place(), &options, 41)?;
-        for pages in [0..2u8, 2..3] {
+        let file = PageFile::create(new.place(), &options, || Ok(()))?;
+        let append = |pages: std::ops::Range<u8>| {
             let payloads: Vec<u8> = pages.flat_map(|page| vec![page; file.payload_len()]).collect();
             let mut appender = file.append()?;
             appender.write(&Inline, &payloads)?;
             appender.finish()?;
-        }
-        new.bytes = fs::read(file.path()).map_err(scratch_failed)?;
+            fs::read(file.path()).map_err(scratch_failed)
+        };
+        let older = append(0..2)?;
+        new.bytes = append(2..3)?;
+        new.bytes[SLOT_LEN..2 * SLOT_LEN].copy_from_slice(&older[SLOT_LEN..2 * SLOT_LEN]);
         Ok(new)
     }
 
-    /// The whole file: slot 0 and then slot 1, of which slot 1 is the newer; then the pages.
+    /// The whole file: slot 0, which says that there are three pages; slot 1, which is older and says two; the pages.
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
     }
@@ -465,7 +475,7 @@ impl KnownFile {
         let (body, trailer) = rest.split_last_chunk_mut::<OVERHEAD>().ok_or_else(failed)?;
         let (trailer, salt) = (Trailer(*trailer), Trailer(*trailer).subkey_name().salt());
         let subkey = self.cipher.current_key().derive(Label::Head, &salt, AesBackend::Ring)?;
-        subkey.get()?.open(trailer.nonce(), &salt, clear, body, &trailer.tag()).map_err(|_| failed())
+        subkey.with(|key| key.open(trailer.nonce(), &salt, clear, body, &trailer.tag()))?.map_err(|_| failed())
     }
 
     /// Seals the part of a slot that should be: correctly, whatever it says.
@@ -478,7 +488,7 @@ impl KnownFile {
         let subkey = key.derive(Label::Head, &salt, AesBackend::Ring)?;
         let (clear, rest) = slot.split_at_mut(CLEAR_LEN);
         let (body, trailer) = rest.split_at_mut(BODY_LEN);
-        let tag = subkey.get()?.seal(nonce, &salt, clear, body);
+        let tag = subkey.with(|key| key.seal(nonce, &salt, clear, body))?;
         let name = SubkeyName::new(&salt, key.generation, key.suite);
         trailer.copy_from_slice(&Trailer::new(&tag, &nonce, &name).0);
         Ok(())
@@ -489,10 +499,11 @@ impl KnownFile {
             cluster: ClusterId::from_bytes([0xc1; 16]),
             database: database_id(1),
             file: FILE,
-            directory: self.scratch.0.clone(),
+            directory: self.scratch.directory.clone(),
             cipher: self.cipher.clone(),
             backend: AesBackend::Ring,
             env: Env::system(),
+            keystore_sequence: std::sync::Arc::new(std::sync::atomic::AtomicU64::new(41)),
         }
     }
 }
@@ -512,22 +523,42 @@ fn first_bytes(mac: &[u8]) -> [u8; TAG_LEN] {
     tag
 }
 
-/// A directory in memory, removed on drop.
-struct Scratch(PathBuf);
+/// A directory in memory. Removed on drop; what a crashed target leaves is used again.
+struct Scratch {
+    directory: PathBuf,
+    /// Tells the others that the directory is taken.
+    _lock: File,
+}
 
 impl Scratch {
     fn new() -> Result<Self> {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
         let memory = Path::new("/dev/shm");
         let parent = if memory.is_dir() { memory.to_owned() } else { env::temp_dir() };
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let directory = parent.join(format!("pageseal-fuzzing-{}-{number}", process::id()));
-        fs::create_dir(&directory).map_err(scratch_failed)?;
-        Ok(Self(directory))
+        let claimed = (0..1000).find_map(|number| Self::claim(parent.join(format!("pageseal-fuzzing-{number}"))).ok());
+        claimed.ok_or_else(|| scratch_failed(io::ErrorKind::StorageFull.into()))
+    }
+
+    fn claim(directory: PathBuf) -> io::Result<Self> {
+        if let Err(error) = fs::create_dir(&directory)
+            && error.kind() != io::ErrorKind::AlreadyExists
+        {
+            return Err(error);
+        }
+        let lock = File::open(&directory)?;
+        lock.try_lock()?;
+        // Another may have removed it before it was locked.
+        if lock.metadata()?.ino() != fs::metadata(&directory)?.ino() {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        for entry in fs::read_dir(&directory)? {
+            let path = entry?.path();
+            if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) }?;
+        }
+        Ok(Self { directory, _lock: lock })
     }
 
     fn path(&self, name: &str) -> PathBuf {
-        self.0.join(name)
+        self.directory.join(name)
     }
 
     fn directory(&self, name: &str) -> Result<PathBuf> {
@@ -539,7 +570,7 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
+        let _ = fs::remove_dir_all(&self.directory);
     }
 }
 

@@ -23,7 +23,7 @@ pub fn seal_raw(
     aad: &[u8],
     data: &mut [u8],
 ) -> Result<[u8; 16]> {
-    Ok(raw_key(suite, backend, key)?.get()?.seal(nonce, salt, aad, data))
+    Ok(raw_key(suite, backend, key)?.with(|key| key.seal(nonce, salt, aad, data))?)
 }
 
 /// Opens `data` in place through the crate's own cipher path; false if it failed authentication.
@@ -41,7 +41,7 @@ pub fn open_raw(
     data: &mut [u8],
     tag: &[u8; 16],
 ) -> Result<bool> {
-    Ok(raw_key(suite, backend, key)?.get()?.open(nonce, salt, aad, data, tag).is_ok())
+    Ok(raw_key(suite, backend, key)?.with(|key| key.open(nonce, salt, aad, data, tag).is_ok())?)
 }
 
 /// HKDF-Expand-SHA256 as every key derivation here uses it; false if `out` is longer than 255 blocks of 32 bytes.
@@ -69,7 +69,7 @@ pub fn stray_cipher(suite: Suite, backend: AesBackend) -> Result<crate::PageCiph
         vec![DataKey { generation: Generation::FIRST, suite, seal, key }],
     )?;
     let subkeys = std::sync::Arc::new(SubkeyCache::new(1024));
-    Ok(crate::PageCipher::new(keyring, backend, subkeys, std::sync::Arc::default(), env))
+    Ok(crate::PageCipher::new(keyring, backend, subkeys, std::sync::Arc::default(), env, None))
 }
 
 /// Moves the running session of `cipher` to `seals` seals and `units` units of 512 bytes, to test its end.

@@ -40,6 +40,19 @@ impl StrayDatabase {
     /// # Errors
     /// [`crate::ErrorKind::Unsupported`] for a suite that this build or machine lacks; no locked memory; no key.
     pub fn open(keys: &[StrayKey], backend: AesBackend, entropy: Option<Arc<dyn Entropy>>) -> Result<Self> {
+        Self::open_with_cache(keys, backend, entropy, 1024)
+    }
+
+    /// As [`StrayDatabase::open`], with room for `subkeys` cached subkeys.
+    ///
+    /// # Errors
+    /// As [`StrayDatabase::open`].
+    pub fn open_with_cache(
+        keys: &[StrayKey],
+        backend: AesBackend,
+        entropy: Option<Arc<dyn Entropy>>,
+        subkeys: usize,
+    ) -> Result<Self> {
         let mut env = Env::system();
         env.entropy = entropy.unwrap_or(env.entropy);
         let data_key = |stray: &StrayKey| {
@@ -52,8 +65,8 @@ impl StrayDatabase {
         };
         let keys = keys.iter().map(data_key).collect::<Result<Vec<_>>>()?;
         let keyring = Keyring::new(DatabaseId::from_bytes(env.random()?), keys)?;
-        let (subkeys, resumes) = (Arc::new(SubkeyCache::new(1024)), Arc::default());
-        let cipher = PageCipher::new(keyring, backend, subkeys, Arc::clone(&resumes), env);
+        let (subkeys, resumes) = (Arc::new(SubkeyCache::new(subkeys)), Arc::default());
+        let cipher = PageCipher::new(keyring, backend, subkeys, Arc::clone(&resumes), env, None);
         Ok(Self { cipher, resumes })
     }
 

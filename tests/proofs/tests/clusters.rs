@@ -184,13 +184,13 @@ fn an_open_cluster_works_on_without_its_key_service_and_a_failed_creation_change
 fn a_service_that_returns_another_key_is_found_out() {
     let place = Place::new("lies");
     LocalKeyFile::create(place.0.join("master.key")).unwrap();
-    let wrapper = |key: Option<fn(&mut [u8])>| {
+    let wrapper = |key: Option<Change>| {
         Wrappers::one(Altered { key, inner: LocalKeyFile::new(place.0.join("master.key")), public: false })
     };
     let cluster = Cluster::create(&place.cluster(), ClusterOptions::new(), wrapper(None)).unwrap();
     cluster.create_database("d").unwrap();
     drop(cluster);
-    let cases: [(fn(&mut [u8]), ErrorKind); 7] = [
+    let cases: [(Change, ErrorKind); 7] = [
         (|payload| payload[0] ^= 1, ErrorKind::Damaged),
         (|payload| payload[8] ^= 2, ErrorKind::WrongIdentity),
         (|payload| payload[16] ^= 1, ErrorKind::WrongIdentity),
@@ -204,7 +204,7 @@ fn a_service_that_returns_another_key_is_found_out() {
         assert_eq!(kind(outcome), expected, "case {index}");
     }
     // The same for a data key: the cluster's own record is left alone.
-    let data_cases: [(fn(&mut [u8]), ErrorKind); 4] = [
+    let data_cases: [(Change, ErrorKind); 4] = [
         (
             |payload| {
                 if payload[5] == 1 {
@@ -252,8 +252,71 @@ fn one_cluster_is_held_by_one_handle_at_a_time() {
     let database = cluster.create_database("d").unwrap();
     drop(cluster);
     assert_eq!(kind(place.open(&key)), ErrorKind::InUse, "a database handle keeps the cluster open");
+    let cipher = database.cipher().unwrap();
     drop(database);
+    assert_eq!(kind(place.open(&key)), ErrorKind::InUse, "a cipher keeps the cluster open");
+    drop(cipher);
+    let cluster = place.open(&key).unwrap();
+    let file = cluster.database("d").unwrap().create_page_file("f", PageFileOptions::new()).unwrap();
+    drop(cluster);
+    assert_eq!(kind(place.open(&key)), ErrorKind::InUse, "a page file keeps the cluster open");
+    drop(file);
     place.open(&key).unwrap();
+}
+
+#[test]
+fn a_cipher_that_outlives_its_database_is_still_the_only_one() {
+    let (place, key) = (Place::new("only"), ScriptedWrapper::new("k"));
+    let cluster = place.create(&key);
+    let cipher = cluster.create_database("d").unwrap().cipher().unwrap();
+    let calls = key.calls();
+    let again = cluster.database("d").unwrap().cipher().unwrap();
+    assert_eq!(key.calls(), calls, "the keys were unwrapped a second time");
+    let salt = |cipher: &pageseal::PageCipher| cipher.seal_detached(&CONTEXT, &mut [0; 64]).unwrap().0[28..44].to_vec();
+    assert_eq!(salt(&cipher), salt(&again));
+}
+
+#[test]
+fn a_key_is_not_made_while_one_of_its_master_keys_is_revoked() {
+    let place = Place::new("revoked");
+    let (one, two) = (ScriptedWrapper::new("one"), ScriptedWrapper::new("two"));
+    let all: [Arc<dyn KeyWrapper>; 2] = [Arc::new(one.clone()), Arc::new(two.clone())];
+    let both = Wrappers::any_of(all).unwrap();
+    let cluster = Cluster::create(&place.cluster(), quick(), both).unwrap();
+    two.disable();
+    assert_eq!(kind(cluster.create_database("d")), ErrorKind::Disabled);
+    two.unreachable();
+    cluster.create_database("d").unwrap();
+    assert_eq!(cluster.databases().unwrap(), ["d"]);
+}
+
+#[test]
+fn what_a_torn_keystore_loses_is_kept_beside_it_and_said() {
+    let (place, key) = (Place::new("torn"), ScriptedWrapper::new("k"));
+    let cluster = place.create(&key);
+    assert!(!cluster.found_torn_tail());
+    cluster.create_database("one").unwrap();
+    cluster.create_database("two").unwrap();
+    drop(cluster);
+    let path = place.cluster().join("keystore");
+    let mut bytes = fs::read(&path).unwrap();
+    let at = bytes.len() - 700;
+    bytes[at] ^= 1;
+    fs::write(&path, &bytes).unwrap();
+    let cluster = place.open(&key).unwrap();
+    assert!(cluster.found_torn_tail());
+    assert_eq!(cluster.databases().unwrap(), ["one"]);
+    cluster.create_database("three").unwrap();
+    drop(cluster);
+    let kept = fs::read_dir(place.cluster()).unwrap().find_map(|entry| {
+        let path = entry.unwrap().path();
+        path.to_str().unwrap().contains("keystore.torn-").then(|| fs::read(path).unwrap())
+    });
+    let kept = kept.expect("the damaged bytes are gone");
+    assert!(bytes.ends_with(&kept) && kept.len() >= 700);
+    let cluster = place.open(&key).unwrap();
+    assert!(!cluster.found_torn_tail());
+    assert_eq!(cluster.databases().unwrap(), ["one", "three"]);
 }
 
 #[test]
@@ -364,23 +427,49 @@ fn a_copied_directory_is_a_cluster_of_its_own_that_opens_all_pages_of_the_origin
 }
 
 #[test]
-fn an_interrupted_creation_of_a_page_file_is_finished_by_the_next() {
+fn an_interrupted_creation_of_a_page_file_is_finished_and_a_lost_file_is_not_made_anew() {
     let (place, key) = (Place::new("interrupted"), ScriptedWrapper::new("k"));
     let cluster = place.create(&key);
     let database = cluster.create_database("d").unwrap();
     let file = database.create_page_file("f", PageFileOptions::new()).unwrap();
     let path = file.path().to_path_buf();
     drop(file);
+    // As a crash leaves it between the note in the keystore and the file's name.
+    fs::rename(&path, path.with_extension("new")).unwrap();
+    assert_eq!(kind(database.create_page_file("f", PageFileOptions::new())), ErrorKind::AlreadyExists);
+    assert_eq!(database.page_file("f").unwrap().pages(), 0);
     fs::remove_file(&path).unwrap();
     assert_eq!(kind(database.page_file("f")), ErrorKind::NotFound);
-    assert_eq!(database.create_page_file("f", PageFileOptions::new()).unwrap().path(), path);
     assert_eq!(kind(database.create_page_file("f", PageFileOptions::new())), ErrorKind::AlreadyExists);
-    database.page_file("f").unwrap();
 }
+
+#[test]
+fn an_older_keystore_beside_newer_files_is_refused() {
+    let (place, key) = (Place::new("stale"), ScriptedWrapper::new("k"));
+    let cluster = place.create(&key);
+    let database = cluster.create_database("d").unwrap();
+    let file = database.create_page_file("f", PageFileOptions::new()).unwrap();
+    let older = fs::read(place.cluster().join("keystore")).unwrap();
+    cluster.create_database("e").unwrap();
+    let mut appender = file.append().unwrap();
+    appender.write(&pageseal::Inline, &vec![1; file.payload_len()]).unwrap();
+    appender.finish().unwrap();
+    drop((file, database, cluster));
+    let newest = fs::read(place.cluster().join("keystore")).unwrap();
+    fs::write(place.cluster().join("keystore"), older).unwrap();
+    let cluster = place.open(&key).unwrap();
+    assert_eq!(kind(cluster.database("d").unwrap().page_file("f")), ErrorKind::KeystoreStale);
+    drop(cluster);
+    fs::write(place.cluster().join("keystore"), newest).unwrap();
+    place.open(&key).unwrap().database("d").unwrap().page_file("f").unwrap();
+}
+
+/// What a lying service does to a payload.
+type Change = fn(&mut [u8]);
 
 /// A key service that changes what it unwraps, once it wrapped honestly; or that says that its wrapping is public.
 struct Altered {
-    key: Option<fn(&mut [u8])>,
+    key: Option<Change>,
     inner: LocalKeyFile,
     public: bool,
 }

@@ -194,11 +194,15 @@ fn any_damage_to_one_header_slot_loses_nothing_and_damage_to_both_is_an_error() 
         write(&bytes);
         let file = store.file().unwrap_or_else(|error| panic!("byte {at}: {error}"));
         assert_eq!(file.pages(), 3, "byte {at}");
+        drop(file);
         bytes[(at + 4096) % 8192] ^= 0x01;
         write(&bytes);
         let error = store.file().expect_err("both slots are damaged");
         assert!(
-            matches!(error.kind(), ErrorKind::Authentication | ErrorKind::Damaged | ErrorKind::WrongIdentity),
+            matches!(
+                error.kind(),
+                ErrorKind::Authentication | ErrorKind::Damaged | ErrorKind::WrongIdentity | ErrorKind::Unsupported
+            ),
             "byte {at}: {error}"
         );
     }
@@ -231,30 +235,31 @@ fn a_file_of_another_name_or_database_or_an_older_slot_copied_over_is_refused() 
     let other_database = store.database("other").create_page_file("f", options).unwrap();
     append(&same_database, 0..2);
     append(&other_database, 0..2);
-    let good = raw(&file);
+    let (path, good) = (file.path().to_path_buf(), raw(&file));
+    drop(file);
     for other in [&same_database, &other_database] {
-        fs::write(file.path(), raw(other)).unwrap();
+        fs::write(&path, raw(other)).unwrap();
         assert_eq!(kind(store.file()), ErrorKind::WrongIdentity);
         // Even with the clear part made to fit.
         let mut forged = raw(other);
         for slot in [0, 4096] {
             forged[slot..slot + 64].copy_from_slice(&good[slot..slot + 64]);
         }
-        fs::write(file.path(), &forged).unwrap();
+        fs::write(&path, &forged).unwrap();
         assert_eq!(kind(store.file()), ErrorKind::Authentication);
         // A page of the other file, at the same place.
-        fs::write(file.path(), &good).unwrap();
+        fs::write(&path, &good).unwrap();
         let opened = store.file().unwrap();
         let at = opened.page_offset(1).unwrap();
         overwrite(&opened, at, &raw(other)[at as usize..][..512]);
         assert_eq!(kind(read(&opened, 1)), ErrorKind::Authentication);
-        fs::write(file.path(), &good).unwrap();
+        fs::write(&path, &good).unwrap();
     }
     // Slot 0 in the place of slot 1, and the other way round.
     let mut swapped = good.clone();
     swapped[..4096].copy_from_slice(&good[4096..8192]);
     swapped[4096..8192].copy_from_slice(&good[..4096]);
-    fs::write(file.path(), &swapped).unwrap();
+    fs::write(&path, &swapped).unwrap();
     assert_eq!(kind(store.file()), ErrorKind::Damaged);
 }
 
@@ -306,4 +311,55 @@ fn a_buffer_of_the_wrong_length_is_refused() {
             assert!(buf.iter().all(|&byte| byte == 0));
         }
     }
+}
+
+#[test]
+fn all_handles_of_a_file_share_one_writer_and_one_view() {
+    let store = Store::new(Suite::Aes256Gcm);
+    let file = store.filled(1);
+    let again = store.file().unwrap();
+    let appender = file.append().unwrap();
+    assert_eq!(kind(again.append()), ErrorKind::InUse);
+    drop(appender);
+    append(&again, 1..3);
+    assert_eq!(read(&file, 2).unwrap().unwrap()[0], 2);
+    append(&file, 3..4);
+    assert_eq!(read(&again, 3).unwrap().unwrap()[0], 3);
+    assert_eq!(read(&again, 2).unwrap().unwrap()[0], 2);
+}
+
+#[test]
+fn a_slot_left_behind_by_a_crash_is_brought_up_when_the_file_is_opened() {
+    let store = Store::new(Suite::Aes256Gcm);
+    let file = store.filled(2);
+    let older = raw(&file);
+    append(&file, 2..3);
+    let (path, good) = (file.path().to_path_buf(), raw(&file));
+    drop(file);
+    for slot in [0, 4096] {
+        // A crash between the two header writes leaves one slot as it was.
+        let mut bytes = good.clone();
+        bytes[slot..slot + 4096].copy_from_slice(&older[slot..slot + 4096]);
+        fs::write(&path, &bytes).unwrap();
+        assert_eq!(store.file().unwrap().pages(), 3);
+        // From then on either slot may go.
+        let settled = fs::read(&path).unwrap();
+        for lost in [0, 4096] {
+            let mut bytes = settled.clone();
+            bytes[lost..lost + 4096].fill(0);
+            fs::write(&path, &bytes).unwrap();
+            assert_eq!(store.file().unwrap().pages(), 3, "slot {slot} was behind, slot at {lost} was lost");
+        }
+    }
+}
+
+#[test]
+fn a_file_of_a_newer_format_is_told_from_a_damaged_one() {
+    let store = Store::new(Suite::Aes256Gcm);
+    let file = store.filled(1);
+    let (path, mut bytes) = (file.path().to_path_buf(), raw(&file));
+    drop(file);
+    (bytes[7], bytes[4096 + 7]) = (b'2', b'2');
+    fs::write(&path, &bytes).unwrap();
+    assert_eq!(kind(store.file()), ErrorKind::Unsupported);
 }

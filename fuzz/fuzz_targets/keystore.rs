@@ -1,0 +1,121 @@
+//! A keystore and the wrapped keys in it, of any bytes: a structure that reads is written back as it was; a changed keystore
+//! is refused, or is a beginning of its own history; a changed wrapped key is refused. What somebody with the MAC key wrote
+//! is refused or makes sense.
+
+#![no_main]
+
+mod changes;
+
+use std::sync::LazyLock;
+
+use changes::change;
+use libfuzzer_sys::fuzz_target;
+use pageseal::testing::fuzzing::{KnownKeys, KnownKeystore, Structure, authenticate};
+use pageseal::{ErrorKind, KmsClass};
+
+/// Set by `tests/run` to see this target fail: then the MACs of a changed keystore are written anew, as if nobody checked them.
+static BROKEN: LazyLock<bool> = LazyLock::new(|| std::env::var_os("PAGESEAL_FUZZ_BROKEN").is_some());
+
+thread_local! {
+    // Thread locals of the main thread are dropped at exit, and their files with them.
+    static KEYSTORE: KnownKeystore = KnownKeystore::new().unwrap();
+    static KEYS: KnownKeys = KnownKeys::new().unwrap();
+}
+
+fuzz_target!(|input: &[u8]| {
+    let Some((kind, rest)) = input.split_first() else { return };
+    match kind % 6 {
+        0 => what_reads_is_written_back(rest),
+        1 => KEYSTORE.with(|known| a_changed_keystore_is_refused_or_a_beginning(known, rest)),
+        2 => KEYSTORE.with(|known| what_the_key_holder_wrote_makes_sense(known, &known.followed_by(rest).unwrap())),
+        3 => KEYSTORE.with(|known| {
+            let mut file = known.bytes().to_vec();
+            change(&mut file, rest);
+            authenticate(&mut file).unwrap();
+            what_the_key_holder_wrote_makes_sense(known, &file);
+        }),
+        4 => KEYS.with(|known| only_the_right_payload_is_accepted(known, rest)),
+        _ => KEYS.with(|known| a_changed_blob_does_not_unwrap(known, rest)),
+    }
+});
+
+fn what_reads_is_written_back(bytes: &[u8]) {
+    for structure in Structure::ALL {
+        if let Some((read, written)) = structure.recode(bytes) {
+            assert!(written == bytes[..read], "{structure:?} is written otherwise than it was read");
+        }
+    }
+}
+
+fn a_changed_keystore_is_refused_or_a_beginning(known: &KnownKeystore, changes: &[u8]) {
+    let mut file = known.bytes().to_vec();
+    change(&mut file, changes);
+    if *BROKEN {
+        authenticate(&mut file).unwrap();
+    }
+    match known.open(&file) {
+        Ok(opened) => {
+            let groups = opened.groups().expect("a changed keystore says what was never written");
+            let whole = known.ends()[groups];
+            assert!(file[..whole] == known.bytes()[..whole], "{groups} groups came from other bytes");
+            assert!(opened.append().unwrap(), "an append after {groups} groups was not read back");
+        }
+        Err(error) => {
+            let cut = known.bytes().starts_with(&file) && file.len() >= known.ends()[0];
+            assert!(!cut, "the history, cut short as by a crash, is refused: {error}");
+            assert!(is_verdict(error.kind()), "{error:?}");
+        }
+    }
+}
+
+fn what_the_key_holder_wrote_makes_sense(known: &KnownKeystore, file: &[u8]) {
+    match known.open(file) {
+        Ok(opened) => {
+            assert!(opened.is_consistent(), "its operations contradict each other");
+            match opened.append() {
+                Ok(read_back) => assert!(read_back, "an append was not read back"),
+                // After the last sequence number there is no other.
+                Err(error) => assert_eq!(error.kind(), ErrorKind::Invalid, "{error}"),
+            }
+        }
+        Err(error) => assert!(is_verdict(error.kind()), "{error:?}"),
+    }
+}
+
+/// Whether an error is about what was read, and not about this machine.
+fn is_verdict(kind: ErrorKind) -> bool {
+    matches!(kind, ErrorKind::Damaged | ErrorKind::Authentication | ErrorKind::Unsupported)
+}
+
+/// The fields of a record that its payload must agree with: database, generation, suite and seal id; purpose; commitment.
+fn bound_fields(record: &[u8], data: bool) -> [&[u8]; 3] {
+    // A cluster key's payload is bound to the cluster instead; its suite and seal id are always the same.
+    [if data { &record[..36] } else { &record[16..19] }, &record[37..38], &record[48..80]]
+}
+
+fn only_the_right_payload_is_accepted(known: &KnownKeys, input: &[u8]) {
+    let Some((&[choice, in_record], changes)) = input.split_first_chunk() else { return };
+    let data = choice & 1 == 1;
+    let (right_payload, right_record) = (known.payload(data), known.record(data));
+    let (mut payload, mut record) = (right_payload.to_vec(), right_record.clone());
+    let (in_record, in_payload) = changes.split_at((4 * usize::from(in_record)).min(changes.len()));
+    change(&mut record, in_record);
+    change(&mut payload, in_payload);
+    let mut right = payload == right_payload
+        && record.len() >= 80
+        && bound_fields(&record, data) == bound_fields(&right_record, data);
+    match known.accept(payload, &record) {
+        Ok(()) => assert!(right, "a payload was taken for a key that it is not"),
+        Err(error) => {
+            right &= record == right_record || error.kind() != ErrorKind::Invalid;
+            assert!(!right, "the right payload is refused: {error}");
+        }
+    }
+}
+
+fn a_changed_blob_does_not_unwrap(known: &KnownKeys, changes: &[u8]) {
+    let mut blob = known.blob().to_vec();
+    change(&mut blob, changes);
+    let expected = if blob == known.blob() { Ok(known.payload(true)) } else { Err(KmsClass::BadCiphertext) };
+    assert_eq!(known.unwrap_blob(&blob), expected);
+}
