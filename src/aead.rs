@@ -90,7 +90,7 @@ const CHACHA_SPILL: usize = 2 * 1024;
 #[cfg(feature = "rustcrypto")]
 const RUSTCRYPTO_SPILL: usize = 12 * 1024;
 #[cfg(feature = "aegis")]
-const AEGIS_SPILL: usize = 1024;
+const AEGIS_SPILL: usize = 640;
 
 impl AeadKey {
     /// Derives the key named by `info` from `parent` and sets the cipher up, in locked memory.
