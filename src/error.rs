@@ -13,8 +13,11 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum PageError {
-    /// This process is a fork of the one that opened the cluster; its keys were wiped. Open the cluster again here.
-    #[error("this process is a fork and holds no keys; open the cluster again in it")]
+    /// This process is a fork of the one that opened the cluster; its keys were wiped. Drop the inherited handles; once the
+    /// parent has closed the cluster too, it can be opened here.
+    #[error(
+        "this process is a fork and holds no keys; drop its handles, and open the cluster anew once the parent closed it"
+    )]
     Forked,
     /// The page is not what was sealed at this location, version and key: damaged, moved, swapped, or foreign. Which of
     /// these is not told, so that an attacker learns nothing. Restore the page from a replica or a backup.
@@ -75,11 +78,11 @@ pub enum ErrorKind {
     AlreadyExists,
     /// Another handle or process holds the cluster. Close it first.
     InUse,
-    /// This process is a fork; open the cluster again in it.
+    /// This process is a fork: see [`PageError::Forked`].
     Forked,
     /// The system lacks a resource: locked memory, random bytes, threads. The message names it.
     Resources,
-    /// An input or output operation failed; `source()` has the system's error.
+    /// An input or output operation failed; `source()` has the system's error, unless an earlier failure is the reason.
     Io,
 }
 

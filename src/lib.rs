@@ -42,7 +42,8 @@
 //!   a version ([`PageContext::with_version`]).
 //! - The keys: data keys rest wrapped by the master key, and live in locked, non-dumpable memory that is wiped on drop and
 //!   in forked children.
-//! - Nonces: two openings, restored copies, forks and cloned machines never seal different data under one key and nonce.
+//! - Nonces: two openings, restored copies and forks never seal different data under one key and nonce; the copies of a
+//!   cloned machine are kept apart by 64 random bits for each call ([`Cluster::resumed`]).
 //!
 //! # What is not
 //!

@@ -20,8 +20,9 @@ pub(crate) use crate::keys::calls::WrapRequest;
 
 /// One master key, or several that each wrap every key (providers or regions).
 ///
-/// Opening asks all of them. If one says disabled, deleted or denied, the data stays closed, whatever the others say; one
-/// that cannot be reached says nothing. Clones share the bound on calls in flight.
+/// Opening asks all that wrapped the key. If one says disabled, deleted or denied, the data stays closed, whatever the others
+/// say; one that cannot be reached says nothing. A master key that could not be reached when a key was made has not wrapped
+/// it, and has no say in it: wrappings are not repaired yet. Clones share the bound on calls in flight.
 #[derive(Clone)]
 pub struct Wrappers(Arc<[Lane]>);
 
@@ -31,7 +32,7 @@ impl Wrappers {
         Self::from(Arc::new(wrapper) as Arc<dyn KeyWrapper>)
     }
 
-    /// Up to eight master keys. Each alone opens the data while the others are out of reach.
+    /// Up to eight master keys. Each alone opens what it wrapped while the others are out of reach.
     ///
     /// # Errors
     /// [`ErrorKind::Misconfigured`] for none, for more than eight, and for two with the same [`KeyWrapper::id`].
@@ -56,7 +57,7 @@ impl Wrappers {
     /// copy of a key must not rely on a wrapper that returns garbage. One success is enough.
     ///
     /// # Errors
-    /// If none succeeded, the most telling failure. [`ErrorKind::Forked`] in a forked child.
+    /// If none succeeded, or one is revoked, the most telling failure. [`ErrorKind::Forked`] in a forked child.
     pub(crate) fn wrap(&self, payload: &Arc<KeyPayload>, request: &WrapRequest) -> Result<Vec<WrappedKey>> {
         payload.with_bytes(|_| ())?;
         let deadline = request.deadline();
