@@ -87,10 +87,20 @@ fn is_verdict(kind: ErrorKind) -> bool {
     matches!(kind, ErrorKind::Damaged | ErrorKind::Authentication | ErrorKind::Unsupported)
 }
 
-/// The fields of a record that its payload must agree with: database, generation, suite and seal id; purpose; commitment.
-fn bound_fields(record: &[u8], data: bool) -> [&[u8]; 3] {
-    // A cluster key's payload is bound to the cluster instead; its suite and seal id are always the same.
-    [if data { &record[..36] } else { &record[16..19] }, &record[37..38], &record[48..80]]
+/// The fields of a record that the commitment covers: generation, suite and seal id; purpose; commitment.
+fn committed_fields(record: &[u8], data: bool) -> [&[u8]; 3] {
+    // A cluster key's suite and seal id are always the same.
+    [if data { &record[16..36] } else { &record[16..19] }, &record[37..38], &record[48..80]]
+}
+
+/// The payload that a record asks for. The database is not committed to: it is whichever the record says, and the
+/// keystore's MAC is what keeps a record from saying another.
+fn payload_for(record: &[u8], right: &[u8], data: bool) -> Vec<u8> {
+    let mut payload = right.to_vec();
+    if data && record.len() >= 80 {
+        payload[32..48].copy_from_slice(&record[..16]);
+    }
+    payload
 }
 
 fn only_the_right_payload_is_accepted(known: &KnownKeys, input: &[u8]) {
@@ -101,9 +111,9 @@ fn only_the_right_payload_is_accepted(known: &KnownKeys, input: &[u8]) {
     let (in_record, in_payload) = changes.split_at((4 * usize::from(in_record)).min(changes.len()));
     change(&mut record, in_record);
     change(&mut payload, in_payload);
-    let mut right = payload == right_payload
+    let mut right = payload == payload_for(&record, &right_payload, data)
         && record.len() >= 80
-        && bound_fields(&record, data) == bound_fields(&right_record, data);
+        && committed_fields(&record, data) == committed_fields(&right_record, data);
     match known.accept(payload, &record) {
         Ok(()) => assert!(right, "a payload was taken for a key that it is not"),
         Err(error) => {

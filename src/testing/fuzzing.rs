@@ -76,11 +76,6 @@ impl Structure {
                 // The MAC is not part of what was decoded.
                 let (_, mac) = bytes[..len].split_at(len - HEADER_MAC_LEN);
                 out.truncate(out.len().saturating_sub(HEADER_MAC_LEN));
-                // A header may have more sectors of padding than it needs.
-                if out.len() < len - HEADER_MAC_LEN {
-                    out.resize(len - HEADER_MAC_LEN, 0);
-                    out[8..12].copy_from_slice(&bytes[8..12]);
-                }
                 out.extend(mac);
                 return Some((len, out));
             }

@@ -138,7 +138,7 @@ fn batches(cipher: &PageCipher, report: &mut Report) {
     report.measure("open_batch", 50, || assert_eq!(cipher.open_batch(&Inline, &mut jobs), 0));
 }
 
-/// A pool may allocate to hand out its tasks, but not for each page: as much for 2,048 pages as for 64.
+/// A pool may allocate to hand out its tasks, but not for each page: as much for 2,048 pages as for 128.
 fn parallel_batches() {
     const ROUNDS: u64 = 50;
     let cipher = stray_cipher(CIPHERS[0].0, CIPHERS[0].1).unwrap();
@@ -156,11 +156,11 @@ fn parallel_batches() {
             });
             OF_PROCESS.load(Ordering::Relaxed) - before
         };
-        let (few, many) = (of_batch(64), of_batch(2_048));
+        let (few, many) = (of_batch(128), of_batch(2_048));
         println!(
-            "{ROUNDS} rounds of seal_batch and open_batch on a pool: {few} allocations for 64 pages, {many} for 2,048"
+            "{ROUNDS} rounds of seal_batch and open_batch on a pool: {few} allocations for 128 pages, {many} for 2,048"
         );
         assert!(few > 0, "the pool was not used");
-        assert!(many <= few + ROUNDS && many < ROUNDS * 64, "allocations grow with the pages: {few}, {many}");
+        assert!(many <= few + ROUNDS && many < ROUNDS * 128, "allocations grow with the pages: {few}, {many}");
     }
 }
