@@ -54,8 +54,18 @@ impl<T> Locked<T> {
     /// Builds a value with `make` and moves it into locked memory; then wipes the stack and the registers that the
     /// building used.
     pub(crate) fn new_with<E: From<LockedMemoryError>>(make: impl FnOnce() -> Result<T, E>) -> Result<Self, E> {
+        // Until there is a value in it, the slot goes back if `make` fails or panics.
+        struct Empty(Option<(Arc<Arena>, NonNull<u8>)>, usize);
+        impl Drop for Empty {
+            fn drop(&mut self) {
+                if let Some((arena, slot)) = self.0.take() {
+                    arena.give_back(slot, self.1);
+                }
+            }
+        }
         let (arena, slot) = Self::allocate()?;
-        let made = scoped(|| {
+        let mut empty = Empty(Some((Arc::clone(&arena), slot.cast())), Self::slot_len());
+        scoped(|| {
             make().map(|value| {
                 // SAFETY: `slot` is ours alone, large enough and aligned for `Slot<T>` (`Arena::take`).
                 unsafe {
@@ -63,14 +73,9 @@ impl<T> Locked<T> {
                     (&raw mut (*slot.as_ptr()).canary).write(CANARY);
                 }
             })
-        });
-        match made {
-            Ok(()) => Ok(Self { slot, arena, owns: PhantomData }),
-            Err(error) => {
-                arena.give_back(slot.cast(), Self::slot_len());
-                Err(error)
-            }
-        }
+        })?;
+        empty.0 = None;
+        Ok(Self { slot, arena, owns: PhantomData })
     }
 
     /// Lends the value to `f`. The canary is looked at before and after: if the process was forked in the middle, `f` may
