@@ -8,7 +8,8 @@ use crate::format::keystore::{KeyUse, Operation, OwnerId, OwnerKind, SealedName}
 use crate::ids::{DatabaseId, FileId};
 use crate::keys::names::check_name;
 use crate::page::cipher::PageCipher;
-use crate::storage::page_file::{PageFile, PageFileOptions, Place};
+use crate::storage::page_file::{PageFile, PageFileOptions};
+use crate::storage::place::Place;
 
 /// An open database. A handle: cloning it is cheap, and all handles of a database share its keys and its session.
 #[derive(Clone)]

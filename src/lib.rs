@@ -115,4 +115,5 @@ pub use page::batch::PageJob;
 pub use page::cipher::PageCipher;
 pub use page::pool::{Inline, Pool, Threads};
 pub use secret::KeyPayload;
-pub use storage::page_file::{Appender, PageFile, PageFileOptions, Read, ReadJob};
+pub use storage::appender::Appender;
+pub use storage::page_file::{PageFile, PageFileOptions, Read, ReadJob};

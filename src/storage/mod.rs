@@ -1,5 +1,7 @@
 //! Files of sealed pages.
 
+pub(crate) mod appender;
 pub(crate) mod disk;
 pub(crate) mod map;
 pub(crate) mod page_file;
+pub(crate) mod place;

@@ -29,7 +29,8 @@ use crate::kms::local::LocalKeyFile;
 use crate::page::cipher::PageCipher;
 use crate::page::pool::Inline;
 use crate::secret::{KeyPayload, SecretKey};
-use crate::storage::page_file::{PageFile, PageFileOptions, Place};
+use crate::storage::page_file::{PageFile, PageFileOptions};
+use crate::storage::place::Place;
 
 /// A structure on disk, or inside a wrapped key, that can be read without a key.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
