@@ -337,7 +337,13 @@ impl Keystore {
     /// but a key that was acknowledged last, and damaged since, looks the same and must not be lost for good.
     fn keep_tail(&self, verified: usize) -> io::Result<()> {
         let whole = self.disk.read(&self.path, MAX_FILE_LEN as u64)?;
-        let kept = self.path.with_extension(format!("torn-{}", self.tip.seq + 1));
+        // Under a name of its own: what an earlier damage left is not replaced.
+        let mut kept = self.path.with_extension(format!("torn-{}", self.tip.seq + 1));
+        let mut again = 1;
+        while self.disk.exists(&kept)? {
+            again += 1;
+            kept = self.path.with_extension(format!("torn-{}-{again}", self.tip.seq + 1));
+        }
         self.disk.write_new(&kept, whole.get(verified..).unwrap_or_default())?;
         self.disk.sync_dir(self.path.parent().unwrap_or(Path::new("")))
     }

@@ -49,7 +49,8 @@ impl<'a> PageJob<'a> {
         self.dst
     }
 
-    /// Checks the lengths and reads the source, before any nonce is drawn. `Ok` means: ready to be sealed in place.
+    /// Checks the lengths and reads the source, before any nonce is drawn. `Ok` means: ready to be sealed in place. The
+    /// job's own result says [`PageError::NotRun`] until it is.
     fn prepare(&mut self) -> Result<(), PageError> {
         let payload_len = self.dst.len().checked_sub(OVERHEAD).ok_or(PageError::Length)?;
         check_payload(payload_len)?;
@@ -150,17 +151,26 @@ impl PageCipher {
 
     /// Seals the jobs of one draw: all sources are read first, because fresh bits must not outlive a read of input.
     fn seal_draw(&self, session: &Session, leased: Leased, jobs: &mut [PageJob<'_>]) {
-        for job in jobs.iter_mut() {
-            job.result = job.prepare();
+        // Also if the source of randomness panics: no plaintext is left where a page was to be.
+        struct Unsealed<'u, 'j>(&'u mut [PageJob<'j>]);
+        impl Drop for Unsealed<'_, '_> {
+            fn drop(&mut self) {
+                self.0.iter_mut().filter(|job| job.result.is_err()).for_each(|job| job.end_sealing(job.result));
+            }
+        }
+        let jobs = Unsealed(jobs);
+        for job in jobs.0.iter_mut() {
+            if let Err(error) = job.prepare() {
+                job.result = Err(error);
+            }
         }
         let nonces = leased.draw(self.0.entropy());
-        for (index, job) in (0..).zip(jobs) {
-            let sealed = match (job.result, &nonces) {
-                (Err(error), _) => Err(error),
-                (Ok(()), Err(_)) => Err(PageError::Randomness),
-                (Ok(()), Ok(nonces)) => job.seal(session, nonces, index),
+        let ready = (0..).zip(jobs.0.iter_mut()).filter(|(_, job)| job.result == Err(PageError::NotRun));
+        for (index, job) in ready {
+            job.result = match &nonces {
+                Ok(nonces) => job.seal(session, nonces, index),
+                Err(_) => Err(PageError::Randomness),
             };
-            job.end_sealing(sealed);
         }
     }
 }

@@ -64,7 +64,9 @@ impl<'a> Appender<'a> {
         let keystore_sequence = self.file.0.place.keystore_sequence.load(Ordering::Acquire);
         let header = HeaderBody { written: self.next, keystore_sequence, ..self.writer.header };
         self.writer.header = self.file.write_both_slots(header)?;
-        self.file.remap(self.next)?;
+        if self.next > 0 {
+            self.file.remap(self.next)?;
+        }
         self.file.0.written.store(self.next, Ordering::Release);
         self.writer.failed = false;
         Ok(self.next)

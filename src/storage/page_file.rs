@@ -160,18 +160,16 @@ impl PageFile {
             ),
             _ => Error::io(format!("opening {}", path.display()), error),
         })?;
-        let (clear, header, settled) = place.read_header(&file, &path)?;
+        let (clear, header) = place.read_header(&file, &path)?;
         place.check_keystore(&header, &path)?;
         let page_file = Self::new(place, path, file, clear, header);
         if header.written > 0 {
             page_file.remap(header.written)?;
         }
-        if !settled {
-            // A crash between the slots, damage to one, or a sync that failed unseen: make both say the same, durably.
-            page_file.sync("syncing")?;
-            let header = page_file.write_both_slots(header)?;
-            page_file.0.writer.lock().unwrap_or_else(PoisonError::into_inner).header = header;
-        }
+        // Always: after a sync that failed, the kernel shows a header that may not be on the disk, and nothing tells. Then
+        // what is shown is durable, and both slots say the same, whatever a crash or damage left of one.
+        let header = page_file.write_both_slots(header)?;
+        page_file.0.writer.lock().unwrap_or_else(PoisonError::into_inner).header = header;
         Ok(page_file)
     }
 

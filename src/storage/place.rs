@@ -73,17 +73,14 @@ impl Place {
         Ok(slot)
     }
 
-    /// The newest slot that opens, and whether the other says the same. A torn write spoils one slot at most.
-    pub(super) fn read_header(&self, file: &File, path: &Path) -> Result<(ClearHeader, HeaderBody, bool)> {
+    /// The newest slot that opens. A torn write spoils one slot at most.
+    pub(super) fn read_header(&self, file: &File, path: &Path) -> Result<(ClearHeader, HeaderBody)> {
         match [self.read_slot(file, path, 0), self.read_slot(file, path, 1)] {
-            [Ok((clear, a)), Ok((_, b))] => {
-                let (old, new) = if a.sequence < b.sequence { (a, b) } else { (b, a) };
-                let settled = HeaderBody { sequence: new.sequence, ..old } == new && new.sequence - old.sequence == 1;
-                Ok((clear, new, settled))
-            }
-            // A slot that could not be read may be the newer one; only one that is bad may be passed over.
+            [Ok((clear, a)), Ok((_, b))] => Ok((clear, if a.sequence < b.sequence { b } else { a })),
+            // A slot that could not be read, or is of a newer version, may be the one that counts; only one that is bad may
+            // be passed over.
             [Err(error), _] | [_, Err(error)] if !is_bad_slot(&error) => Err(error),
-            [Ok((clear, body)), Err(_)] | [Err(_), Ok((clear, body))] => Ok((clear, body, false)),
+            [Ok(read), Err(_)] | [Err(_), Ok(read)] => Ok(read),
             [Err(error), Err(_)] => Err(error),
         }
     }
@@ -152,7 +149,7 @@ impl Place {
 /// Whether an error is about what the slot holds, and not about the system or this process.
 fn is_bad_slot(error: &Error) -> bool {
     use ErrorKind::*;
-    matches!(error.kind(), Authentication | Damaged | WrongIdentity | Unsupported)
+    matches!(error.kind(), Authentication | Damaged | WrongIdentity)
 }
 
 fn damaged_slot(path: &Path, slot: u32, why: &str) -> Error {

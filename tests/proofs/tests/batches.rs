@@ -364,6 +364,34 @@ fn the_source_is_read_before_the_fresh_bits_are_drawn() {
     }
 }
 
+/// Draws that panic.
+struct Panics;
+
+impl Entropy for Panics {
+    fn fill(&self, out: &mut [u8]) -> Result<(), NoRandomness> {
+        out.fill(7);
+        Ok(())
+    }
+    fn fresh(&self) -> Result<[u8; 8], NoRandomness> {
+        panic!("no fresh bits")
+    }
+}
+
+#[test]
+fn a_draw_that_panics_leaves_no_result_and_no_plaintext() {
+    let cipher = StrayDatabase::open(&[stray_key(Suite::Aes256Gcm, 1)], AesBackend::Ring, Some(Arc::new(Panics)));
+    let cipher = cipher.unwrap().cipher;
+    let src = [0x55; 4096];
+    let mut sealed = vec![vec![0xee; 4096 + OVERHEAD]; 20];
+    let mut jobs: Vec<_> = sealed.iter_mut().map(|dst| PageJob::between(at(0), &src, dst)).collect();
+    let sealing = std::panic::AssertUnwindSafe(|| cipher.seal_batch(&Inline, &mut jobs));
+    assert!(std::panic::catch_unwind(sealing).is_err());
+    for job in &jobs {
+        assert_eq!(job.result(), Err(PageError::NotRun));
+        assert!(!job.bytes().contains(&0x55), "plaintext was left where a page was to be");
+    }
+}
+
 #[test]
 fn batches_of_many_threads_share_one_cipher() {
     let cipher = open_stray(&[stray_key(Suite::Aes256Gcm, 1)], AesBackend::Ring).cipher;

@@ -317,6 +317,17 @@ fn what_a_torn_keystore_loses_is_kept_beside_it_and_said() {
     let cluster = place.open(&key).unwrap();
     assert!(!cluster.found_torn_tail());
     assert_eq!(cluster.databases().unwrap(), ["one", "three"]);
+    drop(cluster);
+    // The same damage again does not replace what was kept the first time.
+    let mut bytes = fs::read(&path).unwrap();
+    let at = bytes.len() - 700;
+    bytes[at] ^= 1;
+    fs::write(&path, &bytes).unwrap();
+    place.open(&key).unwrap().create_database("four").unwrap();
+    let all = fs::read_dir(place.cluster()).unwrap().map(|entry| entry.unwrap().path());
+    let all: Vec<_> = all.filter(|path| path.to_str().unwrap().contains("keystore.torn-")).collect();
+    assert_eq!(all.len(), 2);
+    assert!(all.iter().any(|path| fs::read(path).unwrap() == kept), "the first was replaced");
 }
 
 #[test]
