@@ -1,6 +1,6 @@
 //! Many pages in one call, in parallel where that pays.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, TryLockError};
 
 use crate::error::PageError;
 use crate::format::page::{OVERHEAD, PageContext};
@@ -123,7 +123,8 @@ impl PageCipher {
     pub fn open_batch(&self, pool: &dyn Pool, jobs: &mut [PageJob<'_>]) -> usize {
         jobs.iter_mut().for_each(|job| job.result = Err(PageError::NotRun));
         let opened = self.0.check_fork().and_then(|()| {
-            share_out(pool, jobs, average_len(jobs), NoTokens, &|NoTokens, chunk| {
+            let alive = || self.0.check_fork().is_ok();
+            share_out(pool, jobs, average_len(jobs), NoTokens, &alive, &|NoTokens, chunk| {
                 chunk.iter_mut().for_each(|job| job.result = job.open(self));
             });
             self.0.check_fork()
@@ -141,7 +142,8 @@ impl PageCipher {
         let units = jobs.iter().map(|job| units(job.dst.len().saturating_sub(OVERHEAD))).sum();
         let (session, leased) = self.0.lease(pages, units)?;
         let session = session_of(&session)?;
-        share_out(pool, jobs, average_len(jobs), leased, &|mut leased: Leased, chunk: &mut [PageJob<'_>]| {
+        let alive = || self.0.check_fork().is_ok();
+        share_out(pool, jobs, average_len(jobs), leased, &alive, &|mut leased: Leased, chunk: &mut [PageJob<'_>]| {
             for draw in chunk.chunks_mut(MAX_DRAW) {
                 self.seal_draw(session, leased.split_to(draw.len() as u32), draw);
             }
@@ -215,12 +217,13 @@ impl<'q, J, T: Tokens> Queue<'q, J, T> {
 }
 
 /// Gives every job, of about `job_len` bytes, to exactly one call of `work`, with its tokens. Which thread gets which is
-/// decided here and not by the pool, so a pool that repeats or drops tasks cannot make a page be sealed twice.
+/// decided here and not by the pool, so a pool that repeats or drops tasks cannot make a page be sealed twice. `alive` is false in a forked child.
 pub(crate) fn share_out<J: Send, T: Tokens>(
     pool: &dyn Pool,
     jobs: &mut [J],
     job_len: usize,
     tokens: T,
+    alive: &(dyn Fn() -> bool + Sync),
     work: &(dyn Fn(T, &mut [J]) + Sync),
 ) {
     let bytes = jobs.len().saturating_mul(job_len);
@@ -233,8 +236,16 @@ pub(crate) fn share_out<J: Send, T: Tokens>(
     let task = |_| {
         scoped(|| {
             loop {
-                // A guard in the condition of `while let` would be held while working.
-                let taken = queue.lock().unwrap_or_else(PoisonError::into_inner).take(threads, least);
+                // Never waits for the lock, which in a process cloned meanwhile a thread may hold that does not exist.
+                let taken = match queue.try_lock() {
+                    Ok(mut queue) => queue.take(threads, least),
+                    Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner().take(threads, least),
+                    Err(TryLockError::WouldBlock) if alive() => {
+                        std::hint::spin_loop();
+                        continue;
+                    }
+                    Err(TryLockError::WouldBlock) => break,
+                };
                 let Some((tokens, chunk)) = taken else { break };
                 work(tokens, chunk);
             }

@@ -1,13 +1,7 @@
-//! Thread pools for batches. The calling thread takes part in the work: while the others wake up, it has begun.
+//! [`Pool`]: who lends threads to batches. The calling thread takes part in the work: while the others wake up, it has begun.
 
-use std::num::NonZero;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread::available_parallelism;
 use std::time::{Duration, Instant};
-
-use crate::error::{Error, ErrorKind};
-use crate::secret::ForkDetector;
 
 /// Runs the tasks of a batch. Implement it to lend pageseal your engine's own threads.
 ///
@@ -32,66 +26,6 @@ impl Pool for Inline {
 
     fn run(&self, tasks: usize, f: &(dyn Fn(usize) + Sync)) {
         (0..tasks).for_each(f);
-    }
-}
-
-/// A pool of our own. In a forked child, where its threads do not exist, it does the work on the calling thread.
-pub struct Threads {
-    /// One thread fewer than `threads`, because the caller takes part; `None` if that leaves none.
-    pool: Option<rayon::ThreadPool>,
-    threads: usize,
-    fork: ForkDetector,
-}
-
-impl Threads {
-    /// A pool in which `threads` threads work at once: the caller and `threads - 1` of the pool's.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Resources`] if the system gives no more threads.
-    pub fn new(threads: NonZero<usize>) -> Result<Self, Error> {
-        let threads = threads.get();
-        let resources =
-            |error: String| Error::new(ErrorKind::Resources, format!("starting {threads} threads: {error}"));
-        let fork = ForkDetector::new().map_err(|error| resources(error.to_string()))?;
-        let pool = match threads {
-            1 => None,
-            _ => {
-                let builder = rayon::ThreadPoolBuilder::new().num_threads(threads - 1);
-                let builder = builder.thread_name(|index| format!("pageseal-{index}"));
-                Some(builder.build().map_err(|error| resources(error.to_string()))?)
-            }
-        };
-        Ok(Self { pool, threads, fork })
-    }
-
-    /// The pool of this process, with as many threads as the machine lends it. Started at the first call; if the system
-    /// gives no threads, it works on the calling thread alone.
-    pub fn shared() -> &'static dyn Pool {
-        static SHARED: OnceLock<Option<Threads>> = OnceLock::new();
-        let started = SHARED.get_or_init(|| Self::new(available_parallelism().unwrap_or(NonZero::<usize>::MIN)).ok());
-        match started {
-            Some(threads) => threads,
-            None => &Inline,
-        }
-    }
-}
-
-impl Pool for Threads {
-    fn threads(&self) -> usize {
-        if self.fork.forked() { 1 } else { self.threads }
-    }
-
-    fn run(&self, tasks: usize, f: &(dyn Fn(usize) + Sync)) {
-        match &self.pool {
-            Some(pool) if !self.fork.forked() => pool.run(tasks, f),
-            _ => Inline.run(tasks, f),
-        }
-    }
-}
-
-impl std::fmt::Debug for Threads {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Threads").field("threads", &self.threads).finish_non_exhaustive()
     }
 }
 
@@ -130,7 +64,10 @@ fn spin_while(condition: impl Fn() -> bool) {
 
 #[cfg(test)]
 mod tests {
+    use std::num::NonZero;
+
     use super::*;
+    use crate::page::threads::Threads;
 
     #[test]
     fn every_task_runs_once_and_the_first_on_the_calling_thread() {

@@ -237,7 +237,8 @@ impl PageFile {
         jobs.iter_mut().for_each(|job| job.result = Err(PageError::NotRun));
         let read = self.0.place.cipher.0.check_fork().and_then(|()| {
             self.populate(jobs);
-            share_out(pool, jobs, self.payload_len(), NoTokens, &|NoTokens, chunk: &mut [ReadJob<'_>]| {
+            let alive = || self.0.place.cipher.0.check_fork().is_ok();
+            share_out(pool, jobs, self.payload_len(), NoTokens, &alive, &|NoTokens, chunk: &mut [ReadJob<'_>]| {
                 for job in chunk {
                     job.result = self.read_page(job.page, job.buf);
                 }

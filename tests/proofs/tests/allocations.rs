@@ -160,7 +160,6 @@ fn parallel_batches() {
         println!(
             "{ROUNDS} rounds of seal_batch and open_batch on a pool: {few} allocations for 128 pages, {many} for 2,048"
         );
-        assert!(few > 0, "the pool was not used");
         assert!(many <= few + ROUNDS && many < ROUNDS * 128, "allocations grow with the pages: {few}, {many}");
     }
 }

@@ -817,7 +817,9 @@ fn a_clone_out_of_a_long_batch_yields_no_page_of_a_wiped_key_and_the_parent_goes
     let timer = Timer::of_this_thread(libc::SIGUSR1);
     let mut dice = Dice::printed("clones out of a batch");
     let notes = Notes::new(IN_BATCH * (4096 + OVERHEAD));
-    for (suite, backend) in CIPHERS {
+    let threads = Threads::new(NonZero::new(2).unwrap()).unwrap();
+    let pools = [("inline", &Inline as &dyn Pool), ("threads", &threads)];
+    for ((suite, backend), (name, pool)) in CIPHERS.into_iter().flat_map(|cipher| pools.map(|pool| (cipher, pool))) {
         let database = open_stray(&[stray_key(suite, 1)], backend);
         let cipher = &database.cipher;
         let payload = vec![7; 4096];
@@ -831,7 +833,7 @@ fn a_clone_out_of_a_long_batch_yields_no_page_of_a_wiped_key_and_the_parent_goes
             let delay = 1 + dice.below(longest) as i64;
             let mut jobs: Vec<_> =
                 pages.iter_mut().enumerate().map(|(n, page)| PageJob::between(at(n), &payload, page)).collect();
-            interrupted(|| timer.fire_in(delay), || cipher.seal_batch(&Inline, &mut jobs));
+            interrupted(|| timer.fire_in(delay), || cipher.seal_batch(pool, &mut jobs));
             if IN_CHILD.load(Ordering::Relaxed) {
                 note_batch(&jobs, &notes)
             }
@@ -851,7 +853,7 @@ fn a_clone_out_of_a_long_batch_yields_no_page_of_a_wiped_key_and_the_parent_goes
                 assert_eq!(Method::Into.open(cipher, &at(number), job.bytes()).0, Ok(()));
             }
         }
-        println!("{suite:?} {backend:?}: {} clones out of {batches} batches, {fates:?}", fates.all());
+        println!("{suite:?} {backend:?} {name}: {} clones out of {batches} batches, {fates:?}", fates.all());
         assert_eq!((fates.of(Fate::Hung), fates.of(Fate::Wrong)), (0, 0));
     }
 }
