@@ -65,8 +65,8 @@ pub enum ErrorKind {
     Damaged,
     /// The keystore or file belongs to another cluster or database than the one expected.
     WrongIdentity,
-    /// The keystore is older than a file that was written beside it: somebody put a copy back. Nothing is written; put the
-    /// newest keystore back.
+    /// The keystore is older than a file that was written beside it: somebody put a copy back. The file is not opened; create
+    /// nothing, and put the newest keystore back.
     KeystoreStale,
     /// The bytes use a version or feature that this build does not know. Use a newer build or the named feature.
     Unsupported,

@@ -279,7 +279,8 @@ impl PageFile {
         if !writer.failed {
             return Ok(());
         }
-        let message = format!("a write to {} failed before; close it and open it again", self.0.path.display());
+        let message =
+            format!("a write to {} failed before; drop all its handles and open it again", self.0.path.display());
         Err(Error::new(ErrorKind::Io, message))
     }
 
