@@ -33,7 +33,7 @@ pub trait Entropy: Send + Sync {
     /// [`NoRandomness`] if the source fails; `out` must then not be used.
     fn fill(&self, out: &mut [u8]) -> Result<(), NoRandomness>;
 
-    /// Eight bytes that a clone of this machine does not draw again. Called once for each seal call, so it must be fast
+    /// Eight bytes that a clone of this machine does not draw again. Called for each page sealed alone and for each 16 of a batch, so it must be fast
     /// (20 ns), and must never hand out bytes that were buffered before.
     ///
     /// # Errors
