@@ -33,7 +33,7 @@ use crate::format::reader::{Malformed, Reader};
 use crate::format::record::{KeyState, Record};
 use crate::ids::{ClusterId, DatabaseId, Generation};
 use crate::secret::SecretKey;
-use crate::storage::disk::{Disk, RealDisk};
+use crate::storage::disk::{Disk, RealDisk, Stat};
 
 const FILE_NAME: &str = "keystore";
 /// The longest keystore: about a million databases. Read before anything is authenticated, so it is bounded.
@@ -312,7 +312,13 @@ impl Keystore {
 
     fn write(&mut self, group: &[u8]) -> io::Result<()> {
         self.settle()?;
-        self.disk.write_at(&self.path, self.tip.end as u64, self.tip.end as u64, group)
+        self.write_at(self.tip.end, group)
+    }
+
+    fn write_at(&self, at: usize, bytes: &[u8]) -> io::Result<()> {
+        let file = self.disk.stat(&self.path)?.ok_or(io::ErrorKind::NotFound)?;
+        let expected = Stat { len: self.tip.end as u64, ..file };
+        self.disk.write_at(&self.path, expected, at as u64, bytes, true)
     }
 
     /// Makes durable what was read at opening, which the next group's `synced` will promise.
@@ -325,7 +331,7 @@ impl Keystore {
             }
             Unsettled::LastGroup { at, bytes } => {
                 if !bytes.is_empty() {
-                    self.disk.write_at(&self.path, self.tip.end as u64, at as u64, &bytes)?;
+                    self.write_at(at, &bytes)?;
                 }
                 // The file's own name may be the part that was never synced.
                 self.disk.sync_dir(self.path.parent().unwrap_or(Path::new("")))

@@ -1,20 +1,64 @@
 //! The file operations that durable state needs, behind a trait, so that tests decide which of them fails and where a
 //! crash tears them.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
+use std::fs::{self, DirBuilder, File, Metadata, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::UNIX_EPOCH;
+
+#[cfg(any(test, feature = "test-util"))]
+#[cfg_attr(not(feature = "test-util"), allow(dead_code, unreachable_pub))] // exported by `testing` with the feature
+pub(crate) mod simulated;
+
+/// Which file lies at a path, and how long it is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Stat {
+    /// Another one for a file that was put in place of this one.
+    pub(crate) file: u64,
+    pub(crate) len: u64,
+}
+
+impl Stat {
+    fn of(metadata: &Metadata) -> Self {
+        // With the time of birth, where the file system keeps it: the number of a removed file is given again.
+        let born = metadata.created().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+        let born = born.map_or(0, |since| since.as_secs().wrapping_mul(1 << 30) ^ u64::from(since.subsec_nanos()));
+        Self { file: metadata.ino() ^ born.rotate_left(17), len: metadata.len() }
+    }
+
+    /// Refuses `found` if it is not this file, with this length.
+    fn expect(self, found: Stat) -> io::Result<()> {
+        if found.file != self.file {
+            return Err(io::Error::other("somebody else replaced the file"));
+        }
+        if found.len != self.len {
+            return Err(io::Error::other("somebody else changed the file's length"));
+        }
+        Ok(())
+    }
+}
 
 /// A file system. What is written is durable only when the operation says so; after any error, nothing is known about
 /// what the failed operation left behind, and it must not be repeated: after a failed sync the kernel may call a page
 /// clean that never reached the disk.
 pub(crate) trait Disk: Send + Sync {
+    /// Which file lies at `path`, and how long it is; `None` if there is none. Links are followed; one that leads nowhere
+    /// is something, too. Equal answers do not prove that nothing happened between: file systems round the time of birth.
+    fn stat(&self, path: &Path) -> io::Result<Option<Stat>>;
+
     /// Whether there is something at `path`.
-    fn exists(&self, path: &Path) -> io::Result<bool>;
+    fn exists(&self, path: &Path) -> io::Result<bool> {
+        Ok(self.stat(path)?.is_some())
+    }
 
     /// The whole file, if it is no longer than `max`; [`io::ErrorKind::FileTooLarge`] before reading it otherwise.
-    fn read(&self, path: &Path, max: u64) -> io::Result<Vec<u8>>;
+    fn read(&self, path: &Path, max: u64) -> io::Result<Vec<u8>> {
+        self.read_from(path, 0, max)
+    }
+
+    /// The file from `at` to its end, if that is no more than `max`; nothing if it ends before `at`.
+    fn read_from(&self, path: &Path, at: u64, max: u64) -> io::Result<Vec<u8>>;
 
     /// Makes a new file, in place of whatever lay at `path`, writes `bytes` and syncs them. The file's name is not synced.
     fn write_new(&self, path: &Path, bytes: &[u8]) -> io::Result<()>;
@@ -22,20 +66,34 @@ pub(crate) trait Disk: Send + Sync {
     /// Moves a file over another within a directory, in one step. Not synced.
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
 
-    /// Makes the names in a directory durable.
+    /// Makes the names in a directory durable: made, renamed and removed ones.
     fn sync_dir(&self, dir: &Path) -> io::Result<()>;
 
-    /// Writes `bytes` at `at` of a file that must have `len` bytes, and syncs them: one write, one fdatasync, through one
-    /// descriptor, because only that one is sure to learn of a failed write-back.
-    fn write_at(&self, path: &Path, len: u64, at: u64, bytes: &[u8]) -> io::Result<()>;
+    /// Writes `bytes` at `at` of the file that must be `expected`, and with `sync` makes them durable, with all that was
+    /// written to this file before: one write, one fdatasync, through one descriptor, because only that one is sure to
+    /// learn of a failed write-back. Without `sync`, nobody may ever learn of it.
+    fn write_at(&self, path: &Path, expected: Stat, at: u64, bytes: &[u8], sync: bool) -> io::Result<()>;
+
+    /// Removes a file, if there is one. Not synced.
+    #[allow(dead_code)] // used by the keystore
+    fn remove(&self, path: &Path) -> io::Result<()>;
+
+    /// The paths of the files in a directory, sorted, without directories; none if there is no such directory.
+    #[allow(dead_code)] // used by the keystore
+    fn list(&self, dir: &Path) -> io::Result<Vec<PathBuf>>;
 
     /// Puts a file with these bytes at `path`, whole or not at all, durably.
     fn replace(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
         let beside = beside(path);
         self.write_new(&beside, bytes)?;
         self.rename(&beside, path)?;
-        self.sync_dir(path.parent().unwrap_or(Path::new("")))
+        self.sync_dir(directory_of(path))
     }
+}
+
+/// The directory that a file lies in; empty for the working directory.
+pub(crate) fn directory_of(path: &Path) -> &Path {
+    path.parent().unwrap_or(Path::new(""))
 }
 
 /// Where a file is written before it takes its name: `NAME.tmp`.
@@ -49,36 +107,39 @@ pub(crate) fn beside(path: &Path) -> PathBuf {
 pub(crate) struct RealDisk;
 
 impl Disk for RealDisk {
-    fn exists(&self, path: &Path) -> io::Result<bool> {
-        // Not `try_exists`: a dangling link is something that must not be overwritten, too.
-        match fs::symlink_metadata(path) {
-            Ok(_) => Ok(true),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+    fn stat(&self, path: &Path) -> io::Result<Option<Stat>> {
+        let found = match fs::metadata(path) {
+            // A dangling link is something that must not be overwritten, too.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => fs::symlink_metadata(path),
+            found => found,
+        };
+        match found {
+            Ok(metadata) => Ok(Some(Stat::of(&metadata))),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
         }
     }
 
-    fn read(&self, path: &Path, max: u64) -> io::Result<Vec<u8>> {
-        let file = File::open(path)?;
+    fn read_from(&self, path: &Path, at: u64, max: u64) -> io::Result<Vec<u8>> {
+        let mut file = File::open(path)?;
         let metadata = file.metadata()?;
         if !metadata.is_file() {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a plain file"));
         }
-        if metadata.len() > max {
+        let rest = metadata.len().saturating_sub(at);
+        if rest > max {
             return Err(io::ErrorKind::FileTooLarge.into());
         }
+        file.seek(SeekFrom::Start(at))?;
         // The file may grow while it is read: bounded again.
-        let mut bytes = Vec::with_capacity(usize::try_from(metadata.len()).unwrap_or(0));
+        let mut bytes = Vec::with_capacity(usize::try_from(rest).unwrap_or(0));
         let read = file.take(max.saturating_add(1)).read_to_end(&mut bytes)?;
         if read as u64 > max { Err(io::ErrorKind::FileTooLarge.into()) } else { Ok(bytes) }
     }
 
     fn write_new(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
         // Removed and made anew, so that the left-over of a crash lends neither its mode nor, if it is a link, its target.
-        match fs::remove_file(path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
+        self.remove(path)?;
         let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
         file.write_all(bytes)?;
         file.sync_all()
@@ -89,316 +150,72 @@ impl Disk for RealDisk {
     }
 
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
-        let dir = if dir.as_os_str().is_empty() { Path::new(".") } else { dir };
-        File::open(dir)?.sync_all()
+        File::open(or_working(dir))?.sync_all()
     }
 
-    fn write_at(&self, path: &Path, len: u64, at: u64, bytes: &[u8]) -> io::Result<()> {
+    fn write_at(&self, path: &Path, expected: Stat, at: u64, bytes: &[u8], sync: bool) -> io::Result<()> {
         let file = OpenOptions::new().write(true).open(path)?;
-        if file.metadata()?.len() != len {
-            return Err(io::Error::other("somebody else changed the file's length"));
-        }
+        expected.expect(Stat::of(&file.metadata()?))?;
         file.write_all_at(bytes, at)?;
-        file.sync_data()
+        if sync { file.sync_data() } else { Ok(()) }
     }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        match fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    fn list(&self, dir: &Path) -> io::Result<Vec<PathBuf>> {
+        let entries = match fs::read_dir(or_working(dir)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries?,
+        };
+        let mut files = Vec::new();
+        for entry in entries {
+            let entry = entry?;
+            if !entry.file_type()?.is_dir() {
+                files.push(dir.join(entry.file_name()));
+            }
+        }
+        files.sort();
+        Ok(files)
+    }
+}
+
+fn or_working(dir: &Path) -> &Path {
+    if dir.as_os_str().is_empty() { Path::new(".") } else { dir }
 }
 
 /// Makes a directory and those above it, with mode 0700, each durable in the one above.
 pub(crate) fn make_directories(path: &Path) -> io::Result<()> {
+    make_directories_with(path, &|dir| File::open(dir)?.sync_all())
+}
+
+fn make_directories_with(path: &Path, sync: &dyn Fn(&Path) -> io::Result<()>) -> io::Result<()> {
     if path.is_dir() {
-        return Ok(());
+        // Who made it may have crashed before the sync; all above it was synced before it was made. `..`, because the path
+        // may be a link or end in dots.
+        return match sync(&path.join("..")) {
+            // What we may not read, we did not make.
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
+            synced => synced,
+        };
     }
-    let above = path.parent().filter(|above| !above.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    make_directories(above)?;
+    let above = or_working(directory_of(path));
+    make_directories_with(above, sync)?;
     match DirBuilder::new().mode(0o700).create(path) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
         _ => {}
     }
-    File::open(above)?.sync_all()
+    sync(above)
 }
 
+/// The simulated disk under the name that the keystore's tests call it by.
 #[cfg(test)]
 pub(crate) mod faulty {
-    //! A disk in memory that fails where it is told to, and shows every state that a crash can leave.
-
-    use std::collections::{BTreeMap, BTreeSet};
-    use std::sync::Mutex;
-
-    use super::*;
-
-    const SECTOR: usize = 512;
-
-    /// What happens at the step that is counted down to. A write and its sync are two steps.
-    #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-    pub(crate) enum Fault {
-        /// This step fails, the following ones work.
-        Once,
-        /// This step and all following ones fail.
-        Forever,
-        /// The machine stops in this step; all following ones fail.
-        Crash,
-    }
-
-    /// A deliberate mistake, to see that the tests would notice it.
-    #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-    pub(crate) enum Broken {
-        No,
-        /// New files are renamed without having been synced.
-        NewFilesAreNotSynced,
-        /// What was written once is not written again.
-        IgnoresOverwrites,
-        /// `write_at` does not sync.
-        AppendsAreNotSynced,
-    }
-
-    /// A file: what programs see, what is on the disk for sure, and which sectors the next sync will write. After a failed
-    /// sync a sector is not dirty any more, though the disk may not have it; so Linux does it.
-    #[derive(Clone, Default)]
-    struct Inode {
-        seen: Vec<u8>,
-        durable: Vec<u8>,
-        dirty: BTreeSet<usize>,
-    }
-
-    #[derive(Default)]
-    struct State {
-        inodes: Vec<Inode>,
-        names: BTreeMap<PathBuf, usize>,
-        durable_names: BTreeMap<PathBuf, usize>,
-        steps: usize,
-        fault: Option<(usize, Fault)>,
-        bytes_written: usize,
-    }
-
-    pub(crate) struct FaultyDisk {
-        state: Mutex<State>,
-        broken: Broken,
-    }
-
-    impl FaultyDisk {
-        pub(crate) fn new(broken: Broken) -> Self {
-            Self { state: Mutex::default(), broken }
-        }
-
-        /// A disk that holds one file, durably.
-        pub(crate) fn with_file(path: &Path, bytes: &[u8], broken: Broken) -> Self {
-            let disk = Self::new(broken);
-            disk.with(|state| {
-                state.inodes.push(Inode { seen: bytes.to_vec(), durable: bytes.to_vec(), dirty: BTreeSet::new() });
-                state.names.insert(path.to_owned(), 0);
-                state.durable_names = state.names.clone();
-            });
-            disk
-        }
-
-        /// From here on, the `at`th step (from 0) has this fault.
-        pub(crate) fn arm(&self, at: usize, fault: Fault) {
-            self.with(|state| {
-                state.steps = 0;
-                state.fault = Some((at, fault));
-            });
-        }
-
-        /// No more faults.
-        pub(crate) fn heal(&self) {
-            self.with(|state| state.fault = None);
-        }
-
-        /// The number of steps since [`FaultyDisk::arm`].
-        pub(crate) fn steps(&self) -> usize {
-            self.with(|state| state.steps)
-        }
-
-        pub(crate) fn bytes_written(&self) -> usize {
-            self.with(|state| state.bytes_written)
-        }
-
-        /// What a program sees at `path` now.
-        pub(crate) fn seen(&self, path: &Path) -> Option<Vec<u8>> {
-            self.with(|state| state.names.get(path).map(|&inode| state.inodes[inode].seen.clone()))
-        }
-
-        /// Every file that may lie at `path` after a crash now: with the old or the new names, and of each sector that
-        /// differs the old or the new bytes, and any length between the old and the new.
-        pub(crate) fn after_crash(&self, path: &Path) -> BTreeSet<Option<Vec<u8>>> {
-            self.with(|state| {
-                let mut images = BTreeSet::new();
-                for names in [&state.names, &state.durable_names] {
-                    match names.get(path) {
-                        None => {
-                            images.insert(None);
-                        }
-                        Some(&inode) => images.extend(state.inodes[inode].after_crash().into_iter().map(Some)),
-                    }
-                }
-                images
-            })
-        }
-
-        fn with<R>(&self, f: impl FnOnce(&mut State) -> R) -> R {
-            f(&mut self.state.lock().unwrap())
-        }
-    }
-
-    impl Inode {
-        fn after_crash(&self) -> Vec<Vec<u8>> {
-            let sectors = self.seen.len().max(self.durable.len()).div_ceil(SECTOR);
-            let differing: Vec<_> =
-                (0..sectors).filter(|&at| sector(&self.seen, at) != sector(&self.durable, at)).collect();
-            assert!(differing.len() <= 12, "too many states to try: {differing:?}");
-            let (short, long) = (self.durable.len().min(self.seen.len()), self.durable.len().max(self.seen.len()));
-            let mut lengths: Vec<_> = (short..long).filter(|len| len.is_multiple_of(SECTOR)).collect();
-            lengths.extend([short, long]);
-            let mut images = Vec::new();
-            for chosen in 0..1u32 << differing.len() {
-                let mut image = self.durable.clone();
-                image.resize(long, 0);
-                for (bit, &at) in differing.iter().enumerate() {
-                    if chosen >> bit & 1 == 1 {
-                        copy_sector(&self.seen, &mut image, at);
-                    }
-                }
-                images.extend(lengths.iter().map(|&len| image[..len].to_vec()));
-            }
-            images
-        }
-
-        fn write(&mut self, at: usize, bytes: &[u8]) {
-            let end = at + bytes.len();
-            self.seen.resize(self.seen.len().max(end), 0);
-            self.seen[at..end].copy_from_slice(bytes);
-            self.dirty.extend(at / SECTOR..end.div_ceil(SECTOR));
-        }
-
-        fn sync(&mut self) {
-            self.durable.resize(self.seen.len(), 0);
-            for at in std::mem::take(&mut self.dirty) {
-                copy_sector(&self.seen, &mut self.durable, at);
-            }
-        }
-    }
-
-    fn sector(bytes: &[u8], at: usize) -> &[u8] {
-        let end = bytes.len().min((at + 1) * SECTOR);
-        bytes.get(at * SECTOR..end).unwrap_or_default()
-    }
-
-    fn copy_sector(from: &[u8], to: &mut [u8], at: usize) {
-        let bytes = sector(from, at);
-        to[at * SECTOR..at * SECTOR + bytes.len()].copy_from_slice(bytes);
-    }
-
-    impl State {
-        /// Counts a step. An error means that it fails, and `Crash` that it may have been half done.
-        fn step(&mut self) -> Result<(), Fault> {
-            let now = self.steps;
-            self.steps += 1;
-            match self.fault {
-                Some((at, fault)) if now == at => Err(fault),
-                Some((at, Fault::Forever | Fault::Crash)) if now > at => Err(Fault::Forever),
-                _ => Ok(()),
-            }
-        }
-
-        fn find(&self, path: &Path) -> io::Result<usize> {
-            self.names.get(path).copied().ok_or(io::ErrorKind::NotFound.into())
-        }
-
-        fn write(&mut self, inode: usize, at: usize, bytes: &[u8]) -> io::Result<()> {
-            let (done, outcome) = match self.step() {
-                Ok(()) => (bytes.len(), Ok(())),
-                // All of it: which sectors the disk got is decided by `after_crash`.
-                Err(Fault::Crash) => (bytes.len(), Err(injected())),
-                // A short write, as a full disk makes it.
-                Err(Fault::Once) => (bytes.len() / 2, Err(injected())),
-                Err(Fault::Forever) => (0, Err(injected())),
-            };
-            self.inodes[inode].write(at, &bytes[..done]);
-            self.bytes_written += done;
-            outcome
-        }
-
-        fn sync(&mut self, inode: usize) -> io::Result<()> {
-            match self.step() {
-                Ok(()) => {
-                    self.inodes[inode].sync();
-                    Ok(())
-                }
-                Err(Fault::Crash) => Err(injected()),
-                Err(_) => {
-                    self.inodes[inode].dirty.clear();
-                    Err(injected())
-                }
-            }
-        }
-    }
-
-    fn injected() -> io::Error {
-        io::Error::other("injected failure")
-    }
-
-    impl Disk for FaultyDisk {
-        fn exists(&self, path: &Path) -> io::Result<bool> {
-            self.with(|state| {
-                state.step().map_err(|_| injected())?;
-                Ok(state.names.contains_key(path))
-            })
-        }
-
-        fn read(&self, path: &Path, max: u64) -> io::Result<Vec<u8>> {
-            self.with(|state| {
-                state.step().map_err(|_| injected())?;
-                let bytes = state.inodes[state.find(path)?].seen.clone();
-                if bytes.len() as u64 > max { Err(io::ErrorKind::FileTooLarge.into()) } else { Ok(bytes) }
-            })
-        }
-
-        fn write_new(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
-            self.with(|state| {
-                state.step().map_err(|_| injected())?;
-                let inode = state.inodes.len();
-                state.inodes.push(Inode::default());
-                state.names.insert(path.to_owned(), inode);
-                state.write(inode, 0, bytes)?;
-                if self.broken == Broken::NewFilesAreNotSynced { Ok(()) } else { state.sync(inode) }
-            })
-        }
-
-        fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-            self.with(|state| {
-                let outcome = state.step();
-                if !matches!(outcome, Ok(()) | Err(Fault::Crash)) {
-                    return Err(injected());
-                }
-                let inode = state.find(from)?;
-                state.names.remove(from);
-                state.names.insert(to.to_owned(), inode);
-                outcome.map_err(|_| injected())
-            })
-        }
-
-        fn sync_dir(&self, _: &Path) -> io::Result<()> {
-            self.with(|state| {
-                state.step().map_err(|_| injected())?;
-                state.durable_names = state.names.clone();
-                Ok(())
-            })
-        }
-
-        fn write_at(&self, path: &Path, len: u64, at: u64, bytes: &[u8]) -> io::Result<()> {
-            self.with(|state| {
-                let inode = state.find(path)?;
-                if state.inodes[inode].seen.len() as u64 != len {
-                    return Err(io::Error::other("somebody else changed the file's length"));
-                }
-                if self.broken == Broken::IgnoresOverwrites && at < len {
-                    return Ok(());
-                }
-                state.write(inode, usize::try_from(at).unwrap(), bytes)?;
-                if self.broken == Broken::AppendsAreNotSynced { Ok(()) } else { state.sync(inode) }
-            })
-        }
-    }
+    pub(crate) use super::simulated::{Broken, Fault, SimulatedDisk as FaultyDisk};
 }
 
 #[cfg(test)]
@@ -459,8 +276,86 @@ mod tests {
         let scratch = Scratch::new("length");
         let path = scratch.0.join("file");
         fs::write(&path, b"abcd").unwrap();
-        assert!(RealDisk.write_at(&path, 3, 3, b"xy").is_err());
-        RealDisk.write_at(&path, 4, 3, b"xy").unwrap();
+        let stat = RealDisk.stat(&path).unwrap().unwrap();
+        assert!(RealDisk.write_at(&path, Stat { len: 3, ..stat }, 3, b"xy", true).is_err());
+        RealDisk.write_at(&path, stat, 3, b"xy", true).unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"abcxy");
+        RealDisk.write_at(&path, Stat { len: 5, ..stat }, 5, b"z", false).unwrap();
+        assert_eq!(RealDisk.read_from(&path, 3, 3).unwrap(), b"xyz");
+    }
+
+    #[test]
+    fn a_file_that_somebody_else_replaced_is_not_written() {
+        let scratch = Scratch::new("replaced");
+        let path = scratch.0.join("file");
+        RealDisk.replace(&path, b"abcd").unwrap();
+        let old = RealDisk.stat(&path).unwrap().unwrap();
+        RealDisk.replace(&path, b"efgh").unwrap();
+        let new = RealDisk.stat(&path).unwrap().unwrap();
+        assert_ne!(old, new);
+        assert!(RealDisk.write_at(&path, old, 0, b"x", true).is_err());
+        assert_eq!(fs::read(&path).unwrap(), b"efgh");
+        RealDisk.write_at(&path, new, 0, b"x", true).unwrap();
+    }
+
+    #[test]
+    fn a_file_that_takes_the_number_of_a_removed_one_is_another() {
+        let scratch = Scratch::new("number");
+        let path = scratch.0.join("file");
+        fs::write(&path, b"a").unwrap();
+        if fs::metadata(&path).unwrap().created().is_err() {
+            return; // This file system keeps no time of birth.
+        }
+        let old = RealDisk.stat(&path).unwrap().unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        fs::remove_file(&path).unwrap();
+        fs::write(&path, b"b").unwrap();
+        assert_ne!(old, RealDisk.stat(&path).unwrap().unwrap());
+    }
+
+    #[test]
+    fn a_file_is_read_from_any_place_to_its_end() {
+        let scratch = Scratch::new("from");
+        let path = scratch.0.join("file");
+        fs::write(&path, b"abcdef").unwrap();
+        assert_eq!(RealDisk.read_from(&path, 4, 2).unwrap(), b"ef");
+        assert_eq!(RealDisk.read_from(&path, 4, 1).unwrap_err().kind(), io::ErrorKind::FileTooLarge);
+        assert_eq!(RealDisk.read_from(&path, 7, 1).unwrap(), b"");
+    }
+
+    #[test]
+    fn files_are_listed_and_removed_and_it_does_not_matter_if_they_are_gone() {
+        let scratch = Scratch::new("list");
+        let [one, two] = ["1", "2"].map(|name| scratch.0.join(name));
+        fs::create_dir(scratch.0.join("directory")).unwrap();
+        fs::write(&two, b"").unwrap();
+        std::os::unix::fs::symlink("nowhere", &one).unwrap();
+        assert!(RealDisk.exists(&one).unwrap());
+        assert_eq!(RealDisk.list(&scratch.0).unwrap(), [one.clone(), two.clone()]);
+        RealDisk.remove(&one).unwrap();
+        RealDisk.remove(&one).unwrap();
+        assert!(!RealDisk.exists(&one).unwrap());
+        assert_eq!(RealDisk.list(&scratch.0).unwrap(), [two]);
+        assert!(RealDisk.list(&scratch.0.join("none")).unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_directory_that_a_crashed_process_left_is_made_durable_too() {
+        let scratch = Scratch::new("directories");
+        let synced = std::sync::Mutex::new(Vec::new());
+        let record = |dir: &Path| {
+            synced.lock().unwrap().push(fs::canonicalize(dir)?);
+            Ok(())
+        };
+        let root = fs::canonicalize(&scratch.0).unwrap();
+        let (left, made) = (root.join("left"), root.join("left/made"));
+        fs::create_dir(&left).unwrap();
+        make_directories_with(&made, &record).unwrap();
+        assert_eq!(*synced.lock().unwrap(), [root.clone(), left.clone()]);
+        synced.lock().unwrap().clear();
+        make_directories_with(&made, &record).unwrap();
+        assert_eq!(*synced.lock().unwrap(), [left]);
+        make_directories_with(&made, &|_| Err(io::ErrorKind::PermissionDenied.into())).unwrap();
+        assert!(make_directories_with(&made, &|_| Err(io::ErrorKind::Other.into())).is_err());
     }
 }

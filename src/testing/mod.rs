@@ -10,6 +10,8 @@ use crate::error::{PageError, Result};
 use crate::format::page::Suite;
 use crate::secret::Locked;
 
+pub use crate::storage::disk::simulated::{Broken, Errno, Fault, SimulatedDisk};
+
 /// Seals `data` in place through the crate's own cipher path, and returns the tag.
 ///
 /// # Errors
