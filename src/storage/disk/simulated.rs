@@ -326,7 +326,7 @@ impl State {
         }
     }
 
-    /// Counts a step that changes names: done, and whatever became of it told.
+    /// Changes names, unless the step failed in a way that leaves them as they are.
     fn change(&mut self, outcome: Result<(), Failure>, change: impl FnOnce(&mut Self)) -> io::Result<()> {
         if matches!(outcome, Ok(()) | Err(Failure(Done::Unknown, _))) {
             change(self);
