@@ -43,8 +43,9 @@ impl Stat {
 /// what the failed operation left behind, and it must not be repeated: after a failed sync the kernel may call a page
 /// clean that never reached the disk.
 pub(crate) trait Disk: Send + Sync {
-    /// Which file lies at `path`, and how long it is; `None` if there is none. Links are followed; one that leads nowhere
-    /// is something, too. Equal answers do not prove that nothing happened between: file systems round the time of birth.
+    /// Which file lies at `path`, and how long it is; `None` if there is none. Links are followed; one that leads
+    /// nowhere is something, too. Equal answers do not prove that nothing happened between: file systems round the time
+    /// of birth.
     fn stat(&self, path: &Path) -> io::Result<Option<Stat>>;
 
     /// Whether there is something at `path`.
@@ -60,7 +61,8 @@ pub(crate) trait Disk: Send + Sync {
     /// The file from `at` to its end, if that is no more than `max`; nothing if it ends before `at`.
     fn read_from(&self, path: &Path, at: u64, max: u64) -> io::Result<Vec<u8>>;
 
-    /// Makes a new file, in place of whatever lay at `path`, writes `bytes` and syncs them. The file's name is not synced.
+    /// Makes a new file, in place of whatever lay at `path`, writes `bytes` and syncs them. The file's name is not
+    /// synced.
     fn write_new(&self, path: &Path, bytes: &[u8]) -> io::Result<()>;
 
     /// Moves a file over another within a directory, in one step. Not synced.
@@ -69,9 +71,9 @@ pub(crate) trait Disk: Send + Sync {
     /// Makes the names in a directory durable: made, renamed and removed ones.
     fn sync_dir(&self, dir: &Path) -> io::Result<()>;
 
-    /// Writes `bytes` at `at` of the file that must be `expected`, and with `sync` makes them durable, with all that was
-    /// written to this file before: one write, one fdatasync, through one descriptor, because only that one is sure to
-    /// learn of a failed write-back. Without `sync`, nobody may ever learn of it.
+    /// Writes `bytes` at `at` of the file that must be `expected`, and with `sync` makes them durable, with all that
+    /// was written to this file before: one write, one fdatasync, through one descriptor, because only that one is sure
+    /// to learn of a failed write-back. Without `sync`, nobody may ever learn of it.
     fn write_at(&self, path: &Path, expected: Stat, at: u64, bytes: &[u8], sync: bool) -> io::Result<()>;
 
     /// Removes a file, if there is one. Not synced.
@@ -138,7 +140,8 @@ impl Disk for RealDisk {
     }
 
     fn write_new(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
-        // Removed and made anew, so that the left-over of a crash lends neither its mode nor, if it is a link, its target.
+        // Removed and made anew, so that the left-over of a crash lends neither its mode nor, if it is a link, its
+        // target.
         self.remove(path)?;
         let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
         file.write_all(bytes)?;
@@ -195,8 +198,8 @@ pub(crate) fn make_directories(path: &Path) -> io::Result<()> {
 
 fn make_directories_with(path: &Path, sync: &dyn Fn(&Path) -> io::Result<()>) -> io::Result<()> {
     if path.is_dir() {
-        // Who made it may have crashed before the sync; all above it was synced before it was made. `..`, because the path
-        // may be a link or end in dots.
+        // Who made it may have crashed before the sync; all above it was synced before it was made. `..`, because the
+        // path may be a link or end in dots.
         return match sync(&path.join("..")) {
             // What we may not read, we did not make.
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(()),

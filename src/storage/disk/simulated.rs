@@ -1,10 +1,11 @@
 //! A disk in memory that fails where it is told to, and shows every state that a crash can leave.
 //!
-//! After a power cut, as it is modelled here: of each 512-byte sector that was written since it was last synced, any of the
-//! contents that it had since; any length between the synced and the seen one; of the changes of names in each directory
-//! since its last sync, in order, the first so many. Files and directories have nothing to do with each other. A failed sync
-//! leaves pages clean that the disk does not have: programs see them, no later sync writes them, a power cut shows it.
-//! Not modelled: old bytes of other files in a file that grew, and sectors that are written in part.
+//! After a power cut, as it is modelled here: of each 512-byte sector that was written since it was last synced, any of
+//! the contents that it had since; any length between the synced and the seen one; of the changes of names in each
+//! directory since its last sync, in order, the first so many. Files and directories have nothing to do with each
+//! other. A failed sync leaves pages clean that the disk does not have: programs see them, no later sync writes them, a
+//! power cut shows it. Not modelled: old bytes of other files in a file that grew, and sectors that are written in
+//! part.
 
 mod choice;
 mod file;
@@ -23,7 +24,8 @@ use self::file::Inode;
 use self::names::Directories;
 use super::{Disk, Stat, directory_of};
 
-/// What happens at the step that is counted down to. A write and its sync are two steps, and a new file is one before them.
+/// What happens at the step that is counted down to. A write and its sync are two steps, and a new file is one before
+/// them.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Fault {
     /// This step fails, the following ones work. A write is cut in half.
@@ -39,7 +41,8 @@ pub enum Fault {
 pub enum Errno {
     /// EIO, of every operation.
     Io,
-    /// ENOSPC, of what needs space: not when looking, reading, listing or removing. A write is cut in half before it fails.
+    /// ENOSPC, of what needs space: not when looking, reading, listing or removing. A write is cut in half before it
+    /// fails.
     NoSpace,
 }
 
@@ -217,8 +220,8 @@ impl SimulatedDisk {
         assert!(done, "{} has no bytes {at} to {}", path.display(), at + len);
     }
 
-    /// The kernel fails to write back what was not synced of the file at `path`, and tells nobody: as after a failed sync,
-    /// programs see it and no later sync writes it.
+    /// The kernel fails to write back what was not synced of the file at `path`, and tells nobody: as after a failed
+    /// sync, programs see it and no later sync writes it.
     pub fn fail_write_back(&self, path: &Path) {
         self.with(|state| {
             if let Some(&file) = state.names.seen().get(path) {
@@ -227,8 +230,8 @@ impl SimulatedDisk {
         });
     }
 
-    /// How often these bytes occur in all files, as seen and, where that is different, as durable; also in files that only
-    /// a power cut would bring back.
+    /// How often these bytes occur in all files, as seen and, where that is different, as durable; also in files that
+    /// only a power cut would bring back.
     ///
     /// # Panics
     /// If there are no bytes to look for.
@@ -247,9 +250,9 @@ impl SimulatedDisk {
         Self::of(self.with(|state| state.after_power_cut(&mut Seeded::new(seed))))
     }
 
-    /// All disks that a power cut may leave, if there are at most `limit`, not counting those where names became durable out
-    /// of order; otherwise `limit` of them, at least two: nothing unsynced is there, all of it is, and by the seeds 0, 1 and
-    /// so on.
+    /// All disks that a power cut may leave, if there are at most `limit`, not counting those where names became
+    /// durable out of order; otherwise `limit` of them, at least two: nothing unsynced is there, all of it is, and by
+    /// the seeds 0, 1 and so on.
     pub fn power_cuts_all(&self, limit: usize) -> Vec<Self> {
         let state = self.with(|state| state.clone());
         let states = every(limit, |choose| state.after_power_cut(choose)).unwrap_or_else(|| {

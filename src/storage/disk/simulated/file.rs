@@ -77,8 +77,8 @@ impl Inode {
         occurrences(&self.seen, needle) + durable
     }
 
-    /// The file after a power cut: of any length between the durable and the seen, each sector as it was at any time since
-    /// it was durable.
+    /// The file after a power cut: of any length between the durable and the seen, each sector as it was at any time
+    /// since it was durable.
     pub(super) fn after_power_cut(&self, choose: &mut dyn Choose) -> Vec<u8> {
         choose.next_subject();
         let lengths = self.lengths();
