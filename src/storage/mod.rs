@@ -2,6 +2,9 @@
 
 pub(crate) mod appender;
 pub(crate) mod disk;
+#[allow(dead_code)] // used by cluster.rs
+pub(crate) mod locks;
 pub(crate) mod map;
+mod ofd;
 pub(crate) mod page_file;
 pub(crate) mod place;

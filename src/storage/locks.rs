@@ -1,0 +1,705 @@
+//! [`LockFile`]: how several processes share a cluster. Each lock is one byte of a file that is never renamed or
+//! removed, so that all processes lock the same; which byte stands for what is said at [`generation_byte`] and
+//! [`file_byte`].
+//!
+//! The locks belong to the descriptor, of which a process has one a cluster. What the threads of a process would all
+//! have at once is therefore told apart here, in the process.
+//!
+//! A killed process holds nothing: the kernel frees its locks. A forked child shares the descriptor and so the locks:
+//! they stay until the child, too, has closed it, by dropping the inherited handles, by exec or by its end. In the
+//! child, whatever takes a lock is [`ErrorKind::Forked`], and dropping a guard frees nothing, because the parent goes on.
+
+use std::collections::{HashMap, HashSet};
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use crate::error::{Error, ErrorKind, PageError, Result};
+use crate::ids::{DatabaseId, FileId, Generation};
+use crate::secret::ForkDetector;
+use crate::storage::ofd;
+
+/// The locks of one cluster, through one descriptor. See the [module](self).
+pub(crate) struct LockFile {
+    file: File,
+    path: PathBuf,
+    fork: ForkDetector,
+    /// Whether a thread of this process has, or waits for, byte 0.
+    busy: Mutex<bool>,
+    freed: Condvar,
+    table: Mutex<Table>,
+}
+
+/// Which bytes this process has locked, byte 0 aside. A byte is locked and unlocked under the mutex of its table only.
+#[derive(Default)]
+struct Table {
+    /// Locked shared.
+    held: HashMap<u64, Held>,
+    /// Locked exclusively; none of them is in `held`.
+    owned: HashSet<u64>,
+}
+
+#[derive(Default)]
+struct Held {
+    /// How many [`GenerationHold`]s were not dropped. Two or more, while the last handle of one waits for the mutex in
+    /// its drop and somebody holds the generation anew.
+    live: usize,
+    newest: Weak<GenerationHold>,
+}
+
+/// Who keeps a generation from being destroyed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Holder {
+    /// This process: it may seal under the generation, or another thread is destroying it already.
+    ThisProcess,
+    /// Another process, which one the kernel does not tell.
+    AnotherProcess,
+}
+
+impl LockFile {
+    /// Opens the lock file, and makes it if there is none. Two handles of one file act as two processes.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`]; [`ErrorKind::Resources`] if there is no memory for noticing forks.
+    pub(crate) fn open(path: &Path) -> Result<Arc<Self>> {
+        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path);
+        let file = file.map_err(|error| Error::io(format!("opening the lock file {}", path.display()), error))?;
+        let fork = ForkDetector::new().map_err(|error| {
+            Error::with_source(ErrorKind::Resources, format!("no memory for noticing forks: {error}"), error)
+        })?;
+        Ok(Arc::new(Self {
+            file,
+            path: path.to_owned(),
+            fork,
+            busy: Mutex::default(),
+            freed: Condvar::new(),
+            table: Mutex::default(),
+        }))
+    }
+
+    /// Waits, at most for `patience`, until nobody else changes or reads the keystore, and keeps them out. One thread
+    /// of a process at a time: who calls it while having a guard waits for itself.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InUse`] after `patience`; [`ErrorKind::Io`]; [`ErrorKind::Forked`].
+    pub(crate) fn change(&self, patience: Duration) -> Result<ChangeGuard<'_>> {
+        self.take_turn(ofd::try_exclusive, patience).map(ChangeGuard)
+    }
+
+    /// Waits, at most for `patience`, until nobody else changes the keystore, and keeps changes out. Other processes
+    /// may read meanwhile, other threads of this one may not.
+    ///
+    /// # Errors
+    /// As for [`LockFile::change`].
+    pub(crate) fn look(&self, patience: Duration) -> Result<LookGuard<'_>> {
+        self.take_turn(ofd::try_shared, patience).map(LookGuard)
+    }
+
+    /// The lease of the one who sends notifications for the cluster; `None` while somebody has it, here or elsewhere.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`]; [`ErrorKind::Forked`].
+    pub(crate) fn try_lease(self: &Arc<Self>) -> Result<Option<Lease>> {
+        self.check_fork()?;
+        Ok(self.try_own(&mut self.table(), LEASE)?.map(Lease))
+    }
+
+    /// Keeps a generation from being destroyed as long as the hold lives. Whoever may seal under it has a hold; those
+    /// of one process share it. Another process may have destroyed the generation just before: look in the keystore
+    /// after this call, not only before.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InUse`] while somebody is destroying it; [`ErrorKind::Io`]; [`ErrorKind::Forked`].
+    pub(crate) fn hold(self: &Arc<Self>, database: DatabaseId, generation: Generation) -> Result<Arc<GenerationHold>> {
+        self.check_fork()?;
+        let byte = generation_byte(database, generation);
+        let mut table = self.table();
+        if let Some(hold) = table.held.get(&byte).and_then(|held| held.newest.upgrade()) {
+            return Ok(hold);
+        }
+        if table.owned.contains(&byte) || !ofd::try_shared(&self.file, byte).map_err(|error| self.failed(error))? {
+            let message = format!("generation {generation} of database {database} is being destroyed; try again");
+            return Err(Error::new(ErrorKind::InUse, message));
+        }
+        let hold = Arc::new(GenerationHold { file: Arc::clone(self), byte });
+        let held = table.held.entry(byte).or_default();
+        held.live += 1;
+        held.newest = Arc::downgrade(&hold);
+        Ok(hold)
+    }
+
+    /// Keeps everybody from holding a generation, without waiting, or says who holds it. To be taken before the
+    /// keystore says that the generation is gone, and kept until that is durable.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`]; [`ErrorKind::Forked`].
+    pub(crate) fn try_destroy(
+        self: &Arc<Self>,
+        database: DatabaseId,
+        generation: Generation,
+    ) -> Result<Result<Destroying, Holder>> {
+        self.check_fork()?;
+        let byte = generation_byte(database, generation);
+        let mut table = self.table();
+        // Asked first: our own lock would not be in the way, it would become an exclusive one.
+        if table.held.contains_key(&byte) || table.owned.contains(&byte) {
+            return Ok(Err(Holder::ThisProcess));
+        }
+        Ok(self.try_own(&mut table, byte)?.map(Destroying).ok_or(Holder::AnotherProcess))
+    }
+
+    /// Makes the caller the one who writes a page file; `None` if somebody does already, here or elsewhere.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`]; [`ErrorKind::Forked`].
+    pub(crate) fn try_own_file(self: &Arc<Self>, database: DatabaseId, file: FileId) -> Result<Option<FileOwner>> {
+        self.check_fork()?;
+        Ok(self.try_own(&mut self.table(), file_byte(database, file))?.map(FileOwner))
+    }
+
+    /// Whether a process may have ended in the middle of a change. To be called under a guard of [`LockFile::change`]
+    /// or [`LockFile::look`].
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`].
+    pub(crate) fn is_dirty(&self) -> Result<bool> {
+        let mut mark = [CLEAN];
+        match self.file.read_exact_at(&mut mark, DIRTY_AT) {
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
+            Err(error) => Err(Error::io(format!("reading {}", self.path.display()), error)),
+            Ok(()) => Ok(mark != [CLEAN]),
+        }
+    }
+
+    /// Marks that a change begins (`true`) or is complete. To be called under a guard of [`LockFile::change`].
+    ///
+    /// Not synced, because the mark has to outlive a process, not the machine: after a restart nobody reads what the
+    /// kernel had and the disk has not, which is what the mark is about.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`].
+    pub(crate) fn set_dirty(&self, dirty: bool) -> Result<()> {
+        let mark = if dirty { [DIRTY] } else { [CLEAN] };
+        let written = self.file.write_all_at(&mark, DIRTY_AT);
+        written.map_err(|error| Error::io(format!("writing {}", self.path.display()), error))
+    }
+
+    fn take_turn(&self, attempt: fn(&File, u64) -> io::Result<bool>, patience: Duration) -> Result<Turn<'_>> {
+        self.check_fork()?;
+        let begun = Instant::now();
+        let turn = self.wait_for_threads(patience)?;
+        let mut pauses = Pauses::new();
+        while !attempt(&self.file, CHANGE).map_err(|error| self.failed(error))? {
+            let left = patience.saturating_sub(begun.elapsed());
+            if left.is_zero() {
+                return Err(self.busy_for("another process has", begun.elapsed(), "if it hangs, end it"));
+            }
+            std::thread::sleep(pauses.next().min(left));
+        }
+        Ok(turn)
+    }
+
+    fn wait_for_threads(&self, patience: Duration) -> Result<Turn<'_>> {
+        let busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited = self.freed.wait_timeout_while(busy, patience, |busy| *busy);
+        let (mut busy, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
+        if timeout.timed_out() {
+            return Err(self.busy_for("other threads of this process have", patience, "try again"));
+        }
+        *busy = true;
+        Ok(Turn(self))
+    }
+
+    fn busy_for(&self, who: &str, waited: Duration, advice: &str) -> Error {
+        let cluster = self.path.parent().unwrap_or(&self.path).display();
+        let message = format!("{who} been changing the keystore of {cluster} for {waited:.1?}; {advice}");
+        Error::new(ErrorKind::InUse, message)
+    }
+
+    fn try_own(self: &Arc<Self>, table: &mut Table, byte: u64) -> Result<Option<OwnedByte>> {
+        if table.owned.contains(&byte) || !ofd::try_exclusive(&self.file, byte).map_err(|error| self.failed(error))? {
+            return Ok(None);
+        }
+        table.owned.insert(byte);
+        Ok(Some(OwnedByte { file: Arc::clone(self), byte }))
+    }
+
+    /// What cannot be unlocked stays locked until the process ends. That keeps others out, and lets nobody in.
+    fn unlock(&self, byte: u64) {
+        let _ = ofd::unlock(&self.file, byte);
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// In a forked child the mutexes may be locked by threads that do not exist there: asked before each of them.
+    fn check_fork(&self) -> Result<()> {
+        if self.fork.forked() { Err(PageError::Forked.into()) } else { Ok(()) }
+    }
+
+    fn failed(&self, error: io::Error) -> Error {
+        Error::io(format!("locking {}", self.path.display()), error)
+    }
+}
+
+/// Nobody else changes or reads the keystore as long as this lives.
+#[must_use]
+pub(crate) struct ChangeGuard<'a>(#[allow(dead_code)] Turn<'a>); // kept for its drop
+
+/// Nobody changes the keystore as long as this lives.
+#[must_use]
+pub(crate) struct LookGuard<'a>(#[allow(dead_code)] Turn<'a>); // kept for its drop
+
+/// The turn of one thread at byte 0, locked or about to be.
+struct Turn<'a>(&'a LockFile);
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        if self.0.fork.forked() {
+            return;
+        }
+        // Both under the mutex: the next thread's lock must not be freed by us.
+        let mut busy = self.0.busy.lock().unwrap_or_else(PoisonError::into_inner);
+        self.0.unlock(CHANGE);
+        *busy = false;
+        drop(busy);
+        self.0.freed.notify_one();
+    }
+}
+
+/// A generation that nobody can destroy: see [`LockFile::hold`].
+#[must_use]
+pub(crate) struct GenerationHold {
+    file: Arc<LockFile>,
+    byte: u64,
+}
+
+impl Drop for GenerationHold {
+    fn drop(&mut self) {
+        if self.file.fork.forked() {
+            return;
+        }
+        let mut table = self.file.table();
+        let Some(held) = table.held.get_mut(&self.byte) else { return };
+        held.live -= 1;
+        if held.live == 0 {
+            table.held.remove(&self.byte);
+            self.file.unlock(self.byte);
+        }
+    }
+}
+
+/// The right to send notifications: see [`LockFile::try_lease`].
+#[must_use]
+pub(crate) struct Lease(#[allow(dead_code)] OwnedByte); // kept for its drop
+
+/// A generation that nobody can hold: see [`LockFile::try_destroy`].
+#[must_use]
+pub(crate) struct Destroying(#[allow(dead_code)] OwnedByte); // kept for its drop
+
+/// The right to write a page file: see [`LockFile::try_own_file`].
+#[must_use]
+pub(crate) struct FileOwner(#[allow(dead_code)] OwnedByte); // kept for its drop
+
+/// A byte locked exclusively, by one owner in this process.
+struct OwnedByte {
+    file: Arc<LockFile>,
+    byte: u64,
+}
+
+impl Drop for OwnedByte {
+    fn drop(&mut self) {
+        if self.file.fork.forked() {
+            return;
+        }
+        let mut table = self.file.table();
+        table.owned.remove(&self.byte);
+        self.file.unlock(self.byte);
+    }
+}
+
+/// Growing pauses, of different length in each process and thread, so that those who wait do not all ask at once.
+struct Pauses {
+    next: Duration,
+    dice: u32,
+}
+
+impl Pauses {
+    fn new() -> Self {
+        static WAITS: AtomicU32 = AtomicU32::new(0);
+        let dice = std::process::id().wrapping_mul(SPREAD as u32) ^ WAITS.fetch_add(1, Ordering::Relaxed);
+        Self { next: SHORTEST_PAUSE, dice }
+    }
+
+    /// Between half and all of a pause that doubles.
+    fn next(&mut self) -> Duration {
+        let pause = self.next;
+        self.next = (pause * 2).min(LONGEST_PAUSE);
+        // Any old generator will do; its high bits are the good ones.
+        self.dice = self.dice.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        pause / 2 + pause * (self.dice >> 24) / 512
+    }
+}
+
+/// The byte of a generation: from 4,096 up, 2^61 of them. Within a database each generation has its own. Databases
+/// begin at random places, so that two meet as rarely as two random numbers of 61 bits; generations that do share a
+/// byte are held and refused together, which is safe.
+fn generation_byte(database: DatabaseId, generation: Generation) -> u64 {
+    FIRST_DERIVED + scatter(database, generation.get().into())
+}
+
+/// The byte of a page file: from 2^61 + 4,096 up, 2^61 of them, so never that of a generation. Within a database, files
+/// whose ids differ in the low 61 bits have their own byte. Two files that do share one cannot be written at once.
+fn file_byte(database: DatabaseId, file: FileId) -> u64 {
+    FIRST_DERIVED + DOMAIN + scatter(database, file.get())
+}
+
+/// 61 bits, different for numbers whose low 61 bits differ: both steps can be undone. Neighbours are strewn, because
+/// the kernel would join the locks of neighbouring bytes and need memory to cut them apart again.
+fn scatter(database: DatabaseId, number: u64) -> u64 {
+    let [a, b, c, d, e, f, g, h, ..] = database.to_bytes();
+    (u64::from_le_bytes([a, b, c, d, e, f, g, h]) ^ number.wrapping_mul(SPREAD)) & (DOMAIN - 1)
+}
+
+/// Locked while the keystore is changed (exclusively) or read (shared).
+const CHANGE: u64 = 0;
+/// Locked by the one who sends notifications.
+const LEASE: u64 = 1;
+/// Bytes below are for fixed purposes. The last derived byte is 2^62 + 4,095, well within the kernel's signed 64 bits.
+const FIRST_DERIVED: u64 = 4096;
+const DOMAIN: u64 = 1 << 61;
+/// Odd, so that multiplying loses nothing: 2^64 over the golden ratio.
+const SPREAD: u64 = 0x9E37_79B9_7F4A_7C15;
+
+/// Where the mark of [`LockFile::set_dirty`] lies. Locks on a byte and what it holds have nothing to do with each
+/// other.
+const DIRTY_AT: u64 = 0;
+const CLEAN: u8 = 0;
+const DIRTY: u8 = 1;
+
+const SHORTEST_PAUSE: Duration = Duration::from_micros(50);
+const LONGEST_PAUSE: Duration = Duration::from_millis(10);
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader};
+    use std::process::{Command, Stdio};
+    use std::sync::atomic::AtomicU64;
+
+    use super::*;
+
+    const AT_ONCE: Duration = Duration::ZERO;
+    const SOON: Duration = Duration::from_secs(20);
+    const DATABASE: DatabaseId = DatabaseId::from_bytes(*b"a database's id.");
+    const FIRST: Generation = Generation::FIRST;
+    const CHILD: &str = "PAGESEAL_LOCKS_CHILD";
+
+    struct Scratch(PathBuf);
+
+    impl Scratch {
+        fn new(name: &str) -> Self {
+            let dir = std::env::temp_dir().join(format!("pageseal-locks-{name}-{}", std::process::id()));
+            let _ = std::fs::remove_dir_all(&dir);
+            std::fs::create_dir(&dir).unwrap();
+            Self(dir)
+        }
+
+        fn open(&self) -> Arc<LockFile> {
+            LockFile::open(&self.0.join("lock")).unwrap()
+        }
+
+        /// Two handles of one file, which are to each other as two processes are.
+        fn two(name: &str) -> (Self, Arc<LockFile>, Arc<LockFile>) {
+            let scratch = Self::new(name);
+            let (ours, theirs) = (scratch.open(), scratch.open());
+            (scratch, ours, theirs)
+        }
+    }
+
+    impl Drop for Scratch {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_dir_all(&self.0);
+        }
+    }
+
+    fn in_use<T>(result: Result<T>) -> String {
+        let error = result.err().expect("it must be refused");
+        assert_eq!(error.kind(), ErrorKind::InUse);
+        assert!(error.is_retryable());
+        error.to_string()
+    }
+
+    fn holder(locks: &Arc<LockFile>, generation: Generation) -> Option<Holder> {
+        locks.try_destroy(DATABASE, generation).unwrap().err()
+    }
+
+    #[test]
+    fn who_waits_in_vain_for_another_process_is_told_how_long_and_what_to_do() {
+        let (scratch, ours, theirs) = Scratch::two("patience");
+        let guard = theirs.change(AT_ONCE).unwrap();
+        let begun = Instant::now();
+        let text = in_use(ours.change(Duration::from_millis(60)));
+        assert!(begun.elapsed() >= Duration::from_millis(60));
+        assert!(text.contains("another process") && text.contains("end it"), "{text}");
+        assert!(text.contains(scratch.0.to_str().unwrap()) && text.contains("s; if it hangs"), "{text}");
+        in_use(ours.look(AT_ONCE));
+        drop(guard);
+        drop(ours.change(AT_ONCE).unwrap());
+    }
+
+    #[test]
+    fn readers_of_the_keystore_share_it_and_keep_changes_out() {
+        let (_scratch, ours, theirs) = Scratch::two("look");
+        let reading = ours.look(AT_ONCE).unwrap();
+        let also = theirs.look(AT_ONCE).unwrap();
+        drop(reading);
+        in_use(ours.change(AT_ONCE));
+        drop(also);
+        drop(ours.change(AT_ONCE).unwrap());
+    }
+
+    #[test]
+    fn a_thread_waits_for_another_of_its_process_within_its_patience() {
+        let (_scratch, ours, _) = Scratch::two("threads");
+        let guard = ours.change(AT_ONCE).unwrap();
+        let text = in_use(ours.change(Duration::from_millis(5)));
+        assert!(text.contains("threads of this process"), "{text}");
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| ours.change(SOON).map(drop));
+            std::thread::sleep(Duration::from_millis(20));
+            drop(guard);
+            waiting.join().unwrap().unwrap();
+        });
+    }
+
+    #[test]
+    fn one_thread_of_all_processes_changes_at_a_time() {
+        let (_scratch, ours, theirs) = Scratch::two("one-at-a-time");
+        let total = AtomicU64::new(0);
+        std::thread::scope(|scope| {
+            for locks in [&ours, &ours, &theirs, &theirs] {
+                let total = &total;
+                scope.spawn(move || {
+                    for _ in 0..200 {
+                        let _guard = locks.change(SOON).unwrap();
+                        let before = total.load(Ordering::Relaxed);
+                        std::thread::yield_now();
+                        total.store(before + 1, Ordering::Relaxed);
+                    }
+                });
+            }
+        });
+        assert_eq!(total.into_inner(), 800);
+    }
+
+    #[test]
+    fn one_of_all_has_the_lease_until_it_is_dropped() {
+        let (_scratch, ours, theirs) = Scratch::two("lease");
+        let lease = ours.try_lease().unwrap().unwrap();
+        assert!(ours.try_lease().unwrap().is_none());
+        assert!(theirs.try_lease().unwrap().is_none());
+        drop(lease);
+        let lease = theirs.try_lease().unwrap().unwrap();
+        assert!(ours.try_lease().unwrap().is_none());
+        drop(lease);
+        assert!(ours.try_lease().unwrap().is_some());
+    }
+
+    #[test]
+    fn a_generation_is_held_until_the_last_handle_of_the_last_process_is_dropped() {
+        let (_scratch, ours, theirs) = Scratch::two("hold");
+        let hold = ours.hold(DATABASE, FIRST).unwrap();
+        let again = ours.hold(DATABASE, FIRST).unwrap();
+        assert!(Arc::ptr_eq(&hold, &again));
+        let elsewhere = theirs.hold(DATABASE, FIRST).unwrap();
+        drop(hold);
+        assert_eq!(holder(&theirs, FIRST), Some(Holder::ThisProcess));
+        drop(elsewhere);
+        assert_eq!(holder(&theirs, FIRST), Some(Holder::AnotherProcess));
+        assert_eq!(holder(&ours, FIRST), Some(Holder::ThisProcess));
+        drop(again);
+        assert_eq!(holder(&ours, FIRST), None);
+        assert_eq!(holder(&theirs, FIRST), None);
+    }
+
+    #[test]
+    fn a_generation_being_destroyed_is_held_by_nobody_and_others_are() {
+        let (_scratch, ours, theirs) = Scratch::two("destroy");
+        let next = Generation::new(2).unwrap();
+        let _next = theirs.hold(DATABASE, next).unwrap();
+        let destroying = ours.try_destroy(DATABASE, FIRST).unwrap().unwrap();
+        for locks in [&ours, &theirs] {
+            let text = in_use(locks.hold(DATABASE, FIRST));
+            assert!(text.contains("generation 1 of database 6120"), "{text}");
+            drop(locks.hold(DATABASE, next).unwrap());
+        }
+        assert_eq!(holder(&ours, FIRST), Some(Holder::ThisProcess));
+        assert_eq!(holder(&theirs, FIRST), Some(Holder::AnotherProcess));
+        assert_eq!(holder(&ours, next), Some(Holder::AnotherProcess));
+        drop(destroying);
+        drop(ours.hold(DATABASE, FIRST).unwrap());
+        assert_eq!(holder(&theirs, FIRST), None);
+    }
+
+    #[test]
+    fn a_hold_taken_while_the_last_one_is_dropped_stays() {
+        let (_scratch, ours, theirs) = Scratch::two("hold-race");
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                let (ours, theirs) = (&ours, &theirs);
+                scope.spawn(move || {
+                    for _ in 0..5_000 {
+                        let _hold = ours.hold(DATABASE, FIRST).unwrap();
+                        assert_eq!(holder(theirs, FIRST), Some(Holder::AnotherProcess));
+                    }
+                });
+            }
+        });
+        assert_eq!(holder(&theirs, FIRST), None);
+    }
+
+    #[test]
+    fn a_hold_whose_drop_comes_late_does_not_free_the_one_taken_meanwhile() {
+        let (_scratch, ours, theirs) = Scratch::two("late-drop");
+        let first = ours.hold(DATABASE, FIRST).unwrap();
+        // What a new holder finds while the last handle's drop waits for the mutex.
+        ours.table().held.values_mut().for_each(|held| held.newest = Weak::new());
+        let second = ours.hold(DATABASE, FIRST).unwrap();
+        drop(first);
+        assert_eq!(holder(&theirs, FIRST), Some(Holder::AnotherProcess));
+        assert_eq!(holder(&ours, FIRST), Some(Holder::ThisProcess));
+        drop(second);
+        assert_eq!(holder(&theirs, FIRST), None);
+    }
+
+    #[test]
+    fn a_page_file_has_one_writer() {
+        let (_scratch, ours, theirs) = Scratch::two("files");
+        let (file, other) = (FileId::new(1), FileId::new(2));
+        let writer = ours.try_own_file(DATABASE, file).unwrap().unwrap();
+        assert!(ours.try_own_file(DATABASE, file).unwrap().is_none());
+        assert!(theirs.try_own_file(DATABASE, file).unwrap().is_none());
+        assert!(theirs.try_own_file(DATABASE, other).unwrap().is_some());
+        // Generation 1 of the same database is something else.
+        assert_eq!(holder(&theirs, FIRST), None);
+        drop(writer);
+        assert!(theirs.try_own_file(DATABASE, file).unwrap().is_some());
+    }
+
+    #[test]
+    fn all_that_can_be_locked_has_a_byte_of_its_own_that_the_kernel_can_count() {
+        let mut bytes = HashSet::from([CHANGE, LEASE]);
+        let mut count = bytes.len();
+        // In the last one, generation 1 and file 1 come first of all.
+        let mut lowest = [0; 16];
+        lowest[..8].copy_from_slice(&SPREAD.to_le_bytes());
+        for database in [[0; 16], [0xff; 16], DATABASE.to_bytes(), lowest].map(DatabaseId::from_bytes) {
+            for number in (1..=5_000).chain((1 << 24) - 5_000..1 << 24) {
+                let generation = generation_byte(database, Generation::new(number).unwrap());
+                assert!((4_096..4_096 + (1 << 61)).contains(&generation));
+                bytes.insert(generation);
+                bytes.insert(file_byte(database, FileId::new(number.into())));
+                bytes.insert(file_byte(database, FileId::new(u64::from(number) << 36)));
+                bytes.insert(file_byte(database, FileId::new((1 << 61) - u64::from(number))));
+                count += 4;
+            }
+            bytes.insert(file_byte(database, FileId::new(u64::MAX << 40)));
+            count += 1;
+        }
+        assert_eq!(bytes.len(), count);
+        assert!(bytes.iter().all(|byte| *byte < i64::MAX as u64));
+        let last = FIRST_DERIVED + DOMAIN + (DOMAIN - 1);
+        let (_scratch, ours, theirs) = Scratch::two("last-byte");
+        assert!(ofd::try_exclusive(&ours.file, last).unwrap());
+        assert!(!ofd::try_shared(&theirs.file, last).unwrap());
+    }
+
+    #[test]
+    fn the_mark_of_a_change_outlives_the_handle_that_set_it() {
+        let (scratch, ours, theirs) = Scratch::two("dirty");
+        assert!(!ours.is_dirty().unwrap());
+        ours.set_dirty(true).unwrap();
+        drop(ours);
+        assert!(theirs.is_dirty().unwrap());
+        let later = scratch.open();
+        assert!(later.is_dirty().unwrap());
+        later.set_dirty(false).unwrap();
+        assert!(!theirs.is_dirty().unwrap());
+    }
+
+    #[test]
+    fn a_forked_child_is_refused_and_frees_nothing_of_its_parents() {
+        let name = "a_forked_child_is_refused_and_frees_nothing_of_its_parents";
+        // In a process of its own: for a moment, the child has all descriptors that other tests think they closed.
+        let scratch = Scratch::new("fork");
+        if std::env::var_os(CHILD).is_none() {
+            let output = test_again(name, &scratch.0.join("lock")).output().unwrap();
+            return assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        }
+        let (ours, theirs) = (scratch.open(), scratch.open());
+        let guards =
+            || (ours.change(AT_ONCE).unwrap(), ours.hold(DATABASE, FIRST).unwrap(), ours.try_lease().unwrap().unwrap());
+        let mut guards = Some(guards());
+        let table = ours.table(); // as another thread may have it at a fork
+        assert!(ofd::in_forked_child(|| {
+            let forked = |error: Option<Error>| error.is_some_and(|error| error.kind() == ErrorKind::Forked);
+            let refused = forked(ours.change(AT_ONCE).err())
+                && forked(ours.look(AT_ONCE).err())
+                && forked(ours.try_lease().err())
+                && forked(ours.hold(DATABASE, FIRST).err())
+                && forked(ours.try_destroy(DATABASE, FIRST).err())
+                && forked(ours.try_own_file(DATABASE, FileId::new(1)).err());
+            drop(guards.take());
+            refused
+        }));
+        drop(table);
+        in_use(theirs.change(AT_ONCE));
+        assert_eq!(holder(&theirs, FIRST), Some(Holder::AnotherProcess));
+        assert!(theirs.try_lease().unwrap().is_none());
+        drop(guards);
+        drop(theirs.change(AT_ONCE).unwrap());
+        assert_eq!(holder(&theirs, FIRST), None);
+        assert!(theirs.try_lease().unwrap().is_some());
+    }
+
+    #[test]
+    fn a_killed_process_keeps_nobody_waiting() {
+        let name = "a_killed_process_keeps_nobody_waiting";
+        if let Some(path) = std::env::var_os(CHILD) {
+            return hold_until_killed(&LockFile::open(Path::new(&path)).unwrap());
+        }
+        let scratch = Scratch::new("killed");
+        let ours = scratch.open();
+        let mut child = test_again(name, &ours.path).stdout(Stdio::piped()).spawn().unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        assert!(lines.any(|line| line.unwrap().contains(CHILD)), "the child never had its locks");
+
+        in_use(ours.change(AT_ONCE));
+        assert_eq!(holder(&ours, FIRST), Some(Holder::AnotherProcess));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let _guard = ours.change(AT_ONCE).unwrap();
+        assert_eq!(holder(&ours, FIRST), None);
+        assert!(ours.is_dirty().unwrap());
+    }
+
+    /// Runs one of these tests in another process, to which `path` is said in [`CHILD`].
+    fn test_again(name: &str, path: &Path) -> Command {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args(["--exact", &format!("storage::locks::tests::{name}"), "--nocapture"]).env(CHILD, path);
+        command
+    }
+
+    fn hold_until_killed(locks: &Arc<LockFile>) {
+        let _guard = locks.change(SOON).unwrap();
+        let _hold = locks.hold(DATABASE, FIRST).unwrap();
+        locks.set_dirty(true).unwrap();
+        println!("{CHILD}");
+        std::thread::sleep(SOON);
+    }
+}
