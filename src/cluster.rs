@@ -184,7 +184,7 @@ impl Cluster {
         let seal = SealId::from_bytes([0; 16]);
         let wrap = |purpose, payload: KeyPayload, commitment| {
             let request = request(&options, id, None, generation, purpose);
-            let wrappings = wrappers.wrap(&Arc::new(payload), &request)?;
+            let wrappings = wrappers.wrap(&Arc::new(payload), &request)?.keys;
             let created = (env.now)().as_secs();
             let database = DatabaseId::from_bytes([0; 16]);
             let (suite, state) = (Suite::Aes256Gcm, KeyState::Active);
@@ -216,9 +216,8 @@ impl Cluster {
         let id = unverified.cluster_id();
         let record = unverified.cluster_record().clone();
         let request = request(&options, id, None, record.generation, Purpose::Cluster);
-        let unwrapped = wrappers.unwrap(&record.wrappings, &request)?;
-        let (cluster_key, identity) = payload::accept_cluster(&unwrapped, &record, id)?;
-        drop(unwrapped);
+        let accept = |unwrapped: &KeyPayload| payload::accept_cluster(unwrapped, &record, id);
+        let (cluster_key, identity) = wrappers.unwrap_with(&record.wrappings, &request, accept)?;
         let mac = derive_key(&identity, &Info::identity(Label::KeystoreMac, id))?;
         let keystore = unverified.verify(mac)?;
         Self::assemble(id, directory, options, wrappers, lock, keystore, cluster_key, &identity)
@@ -397,7 +396,7 @@ impl ClusterInner {
         let commitment = payload::data_commitment(key)?;
         let wrapped = payload::data_payload(key, self.id, database, &commitment)?;
         let request = request(&self.options, self.id, Some(database), key.generation, Purpose::Data);
-        let wrappings = self.wrappers.wrap(&Arc::new(wrapped), &request)?;
+        let wrappings = self.wrappers.wrap(&Arc::new(wrapped), &request)?.keys;
         Ok(Record {
             database,
             generation: key.generation,
@@ -414,8 +413,8 @@ impl ClusterInner {
     fn unwrap_data_key(&self, record: &Record) -> Result<DataKey> {
         check_suite(record.suite)?;
         let request = request(&self.options, self.id, Some(record.database), record.generation, Purpose::Data);
-        let unwrapped = self.wrappers.unwrap(&record.wrappings, &request)?;
-        payload::accept_data(&unwrapped, record, self.id)
+        let accept = |unwrapped: &KeyPayload| payload::accept_data(unwrapped, record, self.id);
+        self.wrappers.unwrap_with(&record.wrappings, &request, accept)
     }
 
     /// Appends to the keystore whose guard the caller holds.

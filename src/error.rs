@@ -108,6 +108,18 @@ impl Error {
         matches!(self.kind(), ErrorKind::Unreachable | ErrorKind::InUse | ErrorKind::Resources)
     }
 
+    /// When the key service said to come back, if it is the reason and did.
+    pub fn retry_after(&self) -> Option<Duration> {
+        let mut next: Option<&(dyn std::error::Error + 'static)> = Some(self);
+        while let Some(error) = next {
+            if let Some(after) = error.downcast_ref::<KmsError>().and_then(|error| error.retry_after) {
+                return Some(after);
+            }
+            next = error.source();
+        }
+        None
+    }
+
     pub(crate) fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
         Self(Box::new(Inner { kind, message: message.into(), source: None }))
     }
@@ -322,6 +334,17 @@ mod tests {
         );
         let source = std::error::Error::source(&error).and_then(|inner| inner.source());
         assert!(source.is_some_and(|source| source.is::<KmsError>()));
+    }
+
+    #[test]
+    fn an_error_says_when_the_service_wants_to_be_asked_again() {
+        let after = Duration::from_secs(7);
+        let throttled = KmsError::new(KmsClass::Throttled).retry_after(after);
+        let error = Error::kms(throttled, &MasterKeyId::new("aws-kms", "k1"), "wrapping");
+        let told = Error::with_source(error.kind(), "also another", error);
+        assert_eq!(told.retry_after(), Some(after));
+        let unreachable = Error::kms(KmsError::new(KmsClass::Unreachable), &MasterKeyId::new("a", "k"), "wrapping");
+        assert_eq!((unreachable.retry_after(), Error::invalid("name").retry_after()), (None, None));
     }
 
     #[test]

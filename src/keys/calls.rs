@@ -3,7 +3,8 @@
 //!
 //! A thread cannot be stopped from outside, so an abandoned call keeps its place among those in flight until it returns. A
 //! wrapper that hangs for ever can therefore use up its own places, and nothing else: further calls to it wait in line, fail
-//! at their deadline, and never cost a thread. Plain threads, so a caller inside an async runtime is merely blocked.
+//! at their deadline, and never cost a thread. A call that waits because the service throttles it keeps its place too. Plain
+//! threads, so a caller inside an async runtime is merely blocked.
 
 use std::collections::VecDeque;
 use std::io;
@@ -19,6 +20,7 @@ use arc_swap::ArcSwap;
 use crate::error::{KmsClass, KmsError};
 use crate::format::wrapped::Purpose;
 use crate::ids::{ClusterId, DatabaseId, Generation, MasterKeyId};
+use crate::keys::patience::Patient;
 use crate::keys::wrapper::{KeyWrapper, WrapContext};
 use crate::secret::scoped_deep;
 
@@ -71,7 +73,8 @@ impl Lane {
     }
 
     fn bounded(wrapper: Arc<dyn KeyWrapper>, bound: usize) -> Self {
-        Self { id: wrapper.id(), wrapper, crew: ArcSwap::from_pointee(Crew::new(bound, std::process::id())) }
+        let crew = ArcSwap::from_pointee(Crew::new(bound, std::process::id()));
+        Self { id: wrapper.id(), wrapper: Arc::new(Patient(wrapper)), crew }
     }
 
     /// The wrapper's master key, asked for once.

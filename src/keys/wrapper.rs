@@ -11,7 +11,9 @@ use crate::secret::KeyPayload;
 ///
 /// Calls are synchronous and come on threads of ours: when a cluster or database is opened or created, when keys are
 /// rotated or rewrapped, and when the key is validated; never while a page is sealed or opened. A call that has not
-/// returned at [`WrapContext::deadline`] is abandoned and counts as unreachable, so a hanging service stops nothing.
+/// returned at [`WrapContext::deadline`] is abandoned and counts as unreachable, so a hanging service stops nothing. Calls are
+/// repeated for the wrapper until the deadline where it answers [`Throttled`](crate::KmsClass::Throttled), and once where it
+/// answers [`Unreachable`](crate::KmsClass::Unreachable): it need not repeat any itself.
 ///
 /// An implementation classifies its failures, because only it knows its service ([`KmsClass`](crate::KmsClass)), and keeps
 /// no copy of a payload.
@@ -33,13 +35,22 @@ pub trait KeyWrapper: Send + Sync + 'static {
     /// answered that the ciphertext is wrong.
     fn unwrap_key(&self, key: &WrappedKey, cx: &WrapContext<'_>) -> Result<KeyPayload, KmsError>;
 
-    /// Wraps the same payload under the master key's current version. Services that can do this without handing the
-    /// payload out (AWS ReEncrypt) override it.
+    /// Wraps the payload of `key` under this master key's current version. Called with what [`KeyWrapper::can_rewrap`] takes
+    /// only, and what it returns is unwrapped before it counts. Services that can do this without handing the payload out
+    /// (AWS ReEncrypt) override it.
     ///
     /// # Errors
     /// The service's failure, classified.
     fn rewrap_key(&self, key: &WrappedKey, cx: &WrapContext<'_>) -> Result<WrappedKey, KmsError> {
         self.wrap_key(&self.unwrap_key(key, cx)?, cx)
+    }
+
+    /// Whether [`KeyWrapper::rewrap_key`] takes this wrapped key, decided without a call to the service. By default what this
+    /// master key wrapped. A service that re-encrypts from one of its keys to another (AWS ReEncrypt) may take other keys of
+    /// its own, if it overrides [`KeyWrapper::rewrap_key`] too. Keys that are not taken are unwrapped by the master key that
+    /// wrapped them, and wrapped by this one.
+    fn can_rewrap(&self, key: &WrappedKey) -> bool {
+        key.master_key == self.id()
     }
 
     /// Finds out whether the master key can be used, by unwrapping a stored probe. Wrapping proves nothing: some services

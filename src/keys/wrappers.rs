@@ -12,7 +12,7 @@ use crate::error::{Error, ErrorKind, KmsClass, KmsError, Result};
 use crate::format::record::{MAX_BLOB, MAX_KEY_ID, MAX_KEY_VERSION, MAX_PROVIDER, MAX_WRAPPINGS};
 use crate::format::wrapped::Purpose;
 use crate::ids::MasterKeyId;
-use crate::keys::calls::Lane;
+use crate::keys::calls::{Lane, Pending};
 use crate::keys::wrapper::{KeyWrapper, WrapContext, WrappedKey};
 use crate::secret::KeyPayload;
 
@@ -22,7 +22,7 @@ pub(crate) use crate::keys::calls::WrapRequest;
 ///
 /// Opening asks all that wrapped the key. If one says disabled, deleted or denied, the data stays closed, whatever the others
 /// say; one that cannot be reached says nothing. A master key that could not be reached when a key was made has not wrapped
-/// it, and has no say in it: wrappings are not repaired yet. Clones share the bound on calls in flight.
+/// it, and has no say in it until it does. Clones share the bound on calls in flight.
 #[derive(Clone)]
 pub struct Wrappers(Arc<[Lane]>);
 
@@ -54,54 +54,65 @@ impl Wrappers {
     }
 
     /// Wraps `payload` under every master key that answers, and has each unwrap its own result before it counts: the only
-    /// copy of a key must not rely on a wrapper that returns garbage. One success is enough.
+    /// copy of a key must not rely on a wrapper that returns garbage. One success is enough; what the others answered is told
+    /// beside it.
     ///
     /// # Errors
     /// If none succeeded, or one is revoked, the most telling failure. [`ErrorKind::Forked`] in a forked child.
-    pub(crate) fn wrap(&self, payload: &Arc<KeyPayload>, request: &WrapRequest) -> Result<Vec<WrappedKey>> {
-        payload.with_bytes(|_| ())?;
-        let deadline = request.deadline();
-        let started: Vec<_> = self
-            .0
-            .iter()
-            .map(|lane| {
-                let (payload, id) = (Arc::clone(payload), lane.id().clone());
-                lane.start(request, deadline, move |wrapper, cx| wrap_and_verify(wrapper, &id, &payload, cx))
-            })
-            .collect();
-        let mut wrapped = Vec::new();
-        let mut failures = Vec::new();
-        for (lane, pending) in self.0.iter().zip(started) {
-            match pending.wait() {
-                Ok(key) => wrapped.push(key),
-                Err(error) => failures.push(Failure { key: lane.id(), version: "", error }),
-            }
-        }
-        // A key that one master key did not wrap because it is revoked could be opened in spite of the revocation.
-        let revoked = failures.iter().any(|failure| failure.error.class.is_revocation());
-        if wrapped.is_empty() || revoked {
-            Err(most_telling(failures, &phrase("wrapping", request)))
-        } else {
-            Ok(wrapped)
-        }
+    pub(crate) fn wrap(&self, payload: &Arc<KeyPayload>, request: &WrapRequest) -> Result<Wrapped> {
+        self.wrap_missing(payload, &[], request)
     }
 
-    /// Unwraps a key from those of its wrappings whose master keys are configured; the others are sent nowhere. Whether the
-    /// payload is the expected one is for the caller to check.
+    /// As [`Wrappers::wrap`], but only under the master keys that have no wrapping in `existing`: what was missing when the
+    /// key was made. Makes no call, and returns nothing, if they all have one.
     ///
     /// # Errors
-    /// A revocation by any master key, whatever the others answered; else, if none succeeded, the most telling failure.
-    /// [`ErrorKind::Misconfigured`] if no configured master key has wrapped it.
+    /// As [`Wrappers::wrap`], of the master keys that it asks.
+    pub(crate) fn wrap_missing(
+        &self,
+        payload: &Arc<KeyPayload>,
+        existing: &[WrappedKey],
+        request: &WrapRequest,
+    ) -> Result<Wrapped> {
+        self.start_wraps(payload, existing, request)?.settle(Ok)
+    }
+
+    /// Whether a configured master key has no wrapping in `existing`.
+    #[allow(dead_code)] // used by cluster.rs
+    pub(crate) fn lacks(&self, existing: &[WrappedKey]) -> bool {
+        self.0.iter().any(|lane| !has_wrapped(lane, existing))
+    }
+
+    /// Unwraps a key from those of its wrappings whose master keys are configured; the others are sent nowhere. A payload
+    /// counts only if `accept` takes it, which says whether it is the expected one; else the next is tried.
+    ///
+    /// # Errors
+    /// A revocation by any master key, whatever the others answered; else the first refusal by `accept`, if it refused all;
+    /// else, if none was unwrapped, the most telling failure. [`ErrorKind::Misconfigured`] if no configured master key has
+    /// wrapped it.
+    pub(crate) fn unwrap_with<T>(
+        &self,
+        wrappings: &[WrappedKey],
+        request: &WrapRequest,
+        accept: impl Fn(&KeyPayload) -> Result<T>,
+    ) -> Result<T> {
+        self.start_unwraps(wrappings, request)?.accept(accept).map(|(_, accepted)| accepted)
+    }
+
+    /// As [`Wrappers::unwrap_with`], but takes any payload.
+    #[cfg(test)]
     pub(crate) fn unwrap(&self, wrappings: &[WrappedKey], request: &WrapRequest) -> Result<KeyPayload> {
-        self.ask(wrappings, request, &phrase("unwrapping", request), |wrapper, key, cx| wrapper.unwrap_key(key, cx))
+        self.start_unwraps(wrappings, request)?.accept(|_| Ok(())).map(|(payload, ())| payload)
     }
 
     /// Whether the master keys can be used, by their stored probes.
     ///
     /// # Errors
-    /// As [`Wrappers::unwrap`].
+    /// A revocation by any master key, whatever the others answered; else, if none succeeded, the most telling failure.
+    /// [`ErrorKind::Misconfigured`] if no configured master key has wrapped the probe.
     pub(crate) fn check(&self, probes: &[WrappedKey], request: &WrapRequest) -> Result<()> {
-        self.ask(probes, request, "checking", |wrapper, probe, cx| wrapper.check(probe, cx))
+        let asked = self.ask(probes, request, "checking".into(), |wrapper, probe, cx| wrapper.check(probe, cx))?;
+        asked.accept(|()| Ok(())).map(|_| ())
     }
 
     /// Whether anybody could have wrapped what these open.
@@ -114,36 +125,56 @@ impl Wrappers {
         self.0.iter().map(Lane::id)
     }
 
-    fn ask<T: Send + 'static>(
+    pub(super) fn lanes(&self) -> &[Lane] {
+        &self.0
+    }
+
+    /// Starts what [`Wrappers::wrap_missing`] waits for.
+    pub(super) fn start_wraps(
         &self,
-        wrappings: &[WrappedKey],
+        payload: &Arc<KeyPayload>,
+        existing: &[WrappedKey],
         request: &WrapRequest,
-        what: &str,
-        call: fn(&dyn KeyWrapper, &WrappedKey, &WrapContext<'_>) -> Result<T, KmsError>,
-    ) -> Result<T> {
+    ) -> Result<Wraps<'_, WrappedKey>> {
+        payload.with_bytes(|_| ())?;
         let deadline = request.deadline();
-        let mut started = Vec::new();
+        let start = |lane: &Lane| {
+            let (payload, id) = (Arc::clone(payload), lane.id().clone());
+            lane.start(request, deadline, move |wrapper, cx| wrap_and_verify(wrapper, &id, &payload, cx))
+        };
+        let asked = self.0.iter().filter(|lane| !has_wrapped(lane, existing));
+        Ok(Wraps { what: phrase("wrapping", request), calls: asked.map(|lane| (lane.id(), start(lane))).collect() })
+    }
+
+    /// Starts what [`Wrappers::unwrap_with`] waits for.
+    pub(super) fn start_unwraps<'a>(
+        &self,
+        wrappings: &'a [WrappedKey],
+        request: &WrapRequest,
+    ) -> Result<Asked<'a, KeyPayload>> {
+        let what = phrase("unwrapping", request);
+        self.ask(wrappings, request, what, |wrapper, key, cx| wrapper.unwrap_key(key, cx))
+    }
+
+    fn ask<'a, T: Send + 'static>(
+        &self,
+        wrappings: &'a [WrappedKey],
+        request: &WrapRequest,
+        what: String,
+        call: fn(&dyn KeyWrapper, &WrappedKey, &WrapContext<'_>) -> Result<T, KmsError>,
+    ) -> Result<Asked<'a, T>> {
+        let deadline = request.deadline();
+        let mut calls = Vec::new();
         for lane in &*self.0 {
             for key in wrappings.iter().filter(|key| key.master_key == *lane.id()) {
                 let own = key.clone();
-                started.push((key, lane.start(request, deadline, move |wrapper, cx| call(wrapper, &own, cx))));
+                calls.push((key, lane.start(request, deadline, move |wrapper, cx| call(wrapper, &own, cx))));
             }
         }
-        if started.is_empty() {
-            return Err(self.no_master_key(wrappings, what));
+        if calls.is_empty() {
+            return Err(self.no_master_key(wrappings, &what));
         }
-        let mut success = None;
-        let mut failures = Vec::new();
-        for (key, pending) in started {
-            match pending.wait() {
-                Ok(value) => success = success.or(Some(value)),
-                Err(error) => failures.push(Failure { key: &key.master_key, version: &key.key_version, error }),
-            }
-        }
-        match success {
-            Some(value) if !failures.iter().any(|failure| failure.error.class.is_revocation()) => Ok(value),
-            _ => Err(most_telling(failures, what)),
-        }
+        Ok(Asked { what, calls })
     }
 
     fn no_master_key(&self, wrappings: &[WrappedKey], what: &str) -> Error {
@@ -169,11 +200,112 @@ impl fmt::Debug for Wrappers {
     }
 }
 
+/// A key that was wrapped, and the master keys under which it was not.
+#[derive(Debug)]
+pub(crate) struct Wrapped {
+    /// One for each master key that succeeded.
+    pub(crate) keys: Vec<WrappedKey>,
+    /// The others, none of them revoked.
+    #[allow(dead_code)] // used by cluster.rs
+    pub(crate) missing: Vec<Missing>,
+}
+
+/// A master key that did not wrap a key, and has no say in it until it does.
+#[derive(Debug)]
+#[allow(dead_code)] // used by cluster.rs
+pub(crate) struct Missing {
+    pub(crate) master_key: MasterKeyId,
+    pub(crate) why: KmsError,
+}
+
+/// Calls about the wrappings of one key, all under way.
+#[must_use]
+pub(super) struct Asked<'a, T> {
+    what: String,
+    calls: Vec<(&'a WrappedKey, Pending<T>)>,
+}
+
+impl<T> Asked<'_, T> {
+    /// Waits for every answer, and returns the first that `accept` takes unless one was a revocation.
+    pub(super) fn accept<R>(self, accept: impl Fn(&T) -> Result<R>) -> Result<(T, R)> {
+        let mut answers = Vec::new();
+        let mut failures = Vec::new();
+        for (key, pending) in self.calls {
+            match pending.wait() {
+                Ok(answer) => answers.push(answer),
+                Err(error) => failures.push(Failure { key: &key.master_key, version: &key.key_version, error }),
+            }
+        }
+        if failures.iter().any(Failure::is_revocation) {
+            return Err(most_telling(failures, &self.what));
+        }
+        let mut refusal = None;
+        for answer in answers {
+            match accept(&answer) {
+                Ok(accepted) => return Ok((answer, accepted)),
+                Err(error) => refusal = refusal.or(Some(error)),
+            }
+        }
+        Err(refusal.unwrap_or_else(|| most_telling(failures, &self.what)))
+    }
+}
+
+/// Calls that wrap one key under several master keys, all under way.
+#[must_use]
+pub(super) struct Wraps<'a, T> {
+    pub(super) what: String,
+    pub(super) calls: Vec<(&'a MasterKeyId, Pending<T>)>,
+}
+
+impl<T> Wraps<'_, T> {
+    /// Waits for every answer. One counts if `keep` makes a wrapped key of it.
+    ///
+    /// # Errors
+    /// The most telling failure if one is a revocation: a key that a revoked master key did not wrap could be opened in spite
+    /// of the revocation. Else, if there is no success, the first refusal by `keep`, or the most telling failure.
+    pub(super) fn settle(self, keep: impl Fn(T) -> Result<WrappedKey>) -> Result<Wrapped> {
+        let mut keys = Vec::new();
+        let mut failures = Vec::new();
+        let mut refusal = None;
+        for (key, pending) in self.calls {
+            let error = match pending.wait().map(&keep) {
+                Ok(Ok(wrapped)) => {
+                    keys.push(wrapped);
+                    continue;
+                }
+                Ok(Err(refused)) => {
+                    let told = unclassified(refused.to_string());
+                    refusal = refusal.or(Some(refused));
+                    told
+                }
+                Err(error) => error,
+            };
+            failures.push(Failure { key, version: "", error });
+        }
+        let revoked = failures.iter().any(Failure::is_revocation);
+        if revoked || (keys.is_empty() && !failures.is_empty()) {
+            return Err(refusal.filter(|_| !revoked).unwrap_or_else(|| most_telling(failures, &self.what)));
+        }
+        let missing = failures.into_iter().map(|it| Missing { master_key: it.key.clone(), why: it.error }).collect();
+        Ok(Wrapped { keys, missing })
+    }
+}
+
 /// One master key's failure; `version` is of the wrapping that it was asked about, if any.
 struct Failure<'a> {
     key: &'a MasterKeyId,
     version: &'a str,
     error: KmsError,
+}
+
+impl Failure<'_> {
+    fn is_revocation(&self) -> bool {
+        self.error.class.is_revocation()
+    }
+}
+
+fn has_wrapped(lane: &Lane, existing: &[WrappedKey]) -> bool {
+    existing.iter().any(|key| key.master_key == *lane.id())
 }
 
 /// The error of the strongest failure, the first of equals, with the others in its message.
@@ -200,7 +332,7 @@ fn rank(class: KmsClass) -> u8 {
     }
 }
 
-fn phrase(doing: &str, request: &WrapRequest) -> String {
+pub(super) fn phrase(doing: &str, request: &WrapRequest) -> String {
     let generation = request.generation;
     match (request.purpose, request.database) {
         (Purpose::Data, Some(database)) => format!("{doing} data key {generation} of database {database}"),
@@ -217,13 +349,7 @@ fn wrap_and_verify(
     cx: &WrapContext<'_>,
 ) -> Result<WrappedKey, KmsError> {
     let wrapped = wrapper.wrap_key(payload, cx)?;
-    if let Some(fault) = fault_of(&wrapped, id) {
-        return Err(unclassified(format!("the wrapper returned {fault}; report it to its author")));
-    }
-    let unwrapped = wrapper.unwrap_key(&wrapped, cx).map_err(|error| match error.class {
-        KmsClass::BadCiphertext => unclassified(format!("the wrapper cannot unwrap what it has just wrapped: {error}")),
-        _ => error,
-    })?;
+    let unwrapped = unwrap_own(wrapper, id, &wrapped, cx)?;
     let same = payload.with_bytes(|sent| unwrapped.with_bytes(|got| constant_time_eq(sent, got)));
     match same {
         Ok(Ok(true)) => Ok(wrapped),
@@ -232,6 +358,22 @@ fn wrap_and_verify(
         }
         Ok(Err(error)) | Err(error) => Err(unclassified(error)),
     }
+}
+
+/// Unwraps what the wrapper has just returned, if it fits a record.
+pub(super) fn unwrap_own(
+    wrapper: &dyn KeyWrapper,
+    id: &MasterKeyId,
+    wrapped: &WrappedKey,
+    cx: &WrapContext<'_>,
+) -> Result<KeyPayload, KmsError> {
+    if let Some(fault) = fault_of(wrapped, id) {
+        return Err(unclassified(format!("the wrapper returned {fault}; report it to its author")));
+    }
+    wrapper.unwrap_key(wrapped, cx).map_err(|error| match error.class {
+        KmsClass::BadCiphertext => unclassified(format!("the wrapper cannot unwrap what it has just wrapped: {error}")),
+        _ => error,
+    })
 }
 
 /// What about the wrapper's answer does not fit a record, or is not its own.
@@ -283,64 +425,323 @@ mod tests {
     }
 
     type Scene = (&'static str, fn(&ScriptedWrapper));
+
+    /// The states of the matrices below, in the order of their rows and columns.
     const SCENES: [Scene; 6] = [
         ("ok", ScriptedWrapper::restore),
-        ("disabled", ScriptedWrapper::disable),
-        ("deleted", ScriptedWrapper::delete),
-        ("denied", ScriptedWrapper::deny),
-        ("unreachable", ScriptedWrapper::unreachable),
-        ("bad ciphertext", ScriptedWrapper::bad_ciphertext),
+        ("dis", ScriptedWrapper::disable),
+        ("del", ScriptedWrapper::delete),
+        ("den", ScriptedWrapper::deny),
+        ("unr", ScriptedWrapper::unreachable),
+        ("bad", ScriptedWrapper::bad_ciphertext),
     ];
 
-    #[test]
-    fn one_revocation_beats_any_success_and_no_answer_is_no_verdict() {
-        use ErrorKind::{BadCiphertext, Deleted, Denied, Disabled, Unreachable};
-        // The outcome of (row, column), in the order of SCENES; None is success.
-        let expected: [[Option<ErrorKind>; 6]; 6] = [
-            [None, Some(Disabled), Some(Deleted), Some(Denied), None, None],
-            [Some(Disabled); 6],
-            [Some(Deleted); 6],
-            [Some(Denied); 6],
-            [None, Some(Disabled), Some(Deleted), Some(Denied), Some(Unreachable), Some(BadCiphertext)],
-            [None, Some(Disabled), Some(Deleted), Some(Denied), Some(BadCiphertext), Some(BadCiphertext)],
-        ];
-        let (a, b) = (ScriptedWrapper::new("a"), ScriptedWrapper::new("b"));
-        let wrappers = both(&a, &b);
-        let key = payload(1);
-        let wrapped = wrappers.wrap(&key, &request()).unwrap();
-        assert_eq!(wrapped.len(), 2);
-        for (row, (name_a, set_a)) in SCENES.into_iter().enumerate() {
-            for (column, (name_b, set_b)) in SCENES.into_iter().enumerate() {
-                set_a(&a);
-                set_b(&b);
-                let expected = expected[row][column];
-                let unwrapped = wrappers.unwrap(&wrapped, &request());
-                assert_eq!(unwrapped.as_ref().err().map(Error::kind), expected, "unwrap: {name_a}, {name_b}");
-                assert!(unwrapped.is_err() || bytes(&unwrapped.unwrap()) == bytes(&key), "{name_a}, {name_b}");
-                assert_eq!(kind(wrappers.check(&wrapped, &request())), expected, "check: {name_a}, {name_b}");
+    /// What becomes of a call when master key `a` is in the row's state, and `b` in the column's. Written by hand: one
+    /// revocation beats any success, the first the second; no answer is no verdict; a success needs one master key.
+    type Matrix = [&'static str; 6];
+    const EITHER: Matrix = [
+        // ok dis del den unr bad
+        "ok  dis del den ok  ok",
+        "dis dis dis dis dis dis",
+        "del del del del del del",
+        "den den den den den den",
+        "ok  dis del den unr bad",
+        "ok  dis del den bad bad",
+    ];
+    /// The key moves from `a` to `b`: both must work, and `b` is not asked unless `a` does.
+    const MOVED: Matrix = [
+        "ok  dis del den unr bad",
+        "dis dis dis dis dis dis",
+        "del del del del del del",
+        "den den den den den den",
+        "unr unr unr unr unr unr",
+        "bad bad bad bad bad bad",
+    ];
+    /// `b` is added to `a`, which alone has wrapped the key.
+    const ADDED: Matrix = [
+        "ok  dis del den ok  ok",
+        "dis dis dis dis dis dis",
+        "del del del del del del",
+        "den den den den den den",
+        "unr unr unr unr unr unr",
+        "bad bad bad bad bad bad",
+    ];
+    /// `b` is taken away: its revocation still counts, and its payload still helps, but only `a` wraps.
+    const REMOVED: Matrix = [
+        "ok  dis del den ok  ok",
+        "dis dis dis dis dis dis",
+        "del del del del del del",
+        "den den den den den den",
+        "unr dis del den unr bad",
+        "bad dis del den bad bad",
+    ];
+
+    /// Runs `cell` for each pair of states, set after the key was wrapped as `with` says; each on a thread of its own, because
+    /// unreachable master keys are asked again after a while.
+    fn for_each_pair(matrix: Matrix, cell: impl Fn(&Pair, [&str; 2], &str) + Sync) {
+        std::thread::scope(|scope| {
+            for (row, (state_a, set_a)) in SCENES.into_iter().enumerate() {
+                let expected: Vec<_> = matrix[row].split_whitespace().collect();
+                assert_eq!(expected.len(), 6);
+                for ((state_b, set_b), expected) in SCENES.into_iter().zip(expected) {
+                    let cell = &cell;
+                    scope.spawn(move || {
+                        let pair = Pair::new();
+                        set_a(&pair.a);
+                        set_b(&pair.b);
+                        cell(&pair, [state_a, state_b], expected);
+                    });
+                }
+            }
+        });
+    }
+
+    /// Two master keys that have both wrapped `key`.
+    struct Pair {
+        a: ScriptedWrapper,
+        b: ScriptedWrapper,
+        key: Arc<KeyPayload>,
+        wrapped: Vec<WrappedKey>,
+    }
+
+    impl Pair {
+        fn new() -> Self {
+            let (a, b, key) = (ScriptedWrapper::new("a"), ScriptedWrapper::new("b"), payload(1));
+            let wrapped = both(&a, &b).wrap(&key, &request()).unwrap().keys;
+            assert_eq!(wrapped.len(), 2);
+            Self { a, b, key, wrapped }
+        }
+
+        /// Whether this is the key.
+        fn accept(&self, payload: &KeyPayload) -> Result<()> {
+            if bytes(payload) == bytes(&self.key) { Ok(()) } else { Err(Error::damaged("another key")) }
+        }
+
+        /// Checks what was wrapped: by whom, what is missing, and that it opens when all is well again.
+        fn holds(&self, wrapped: &Wrapped, targets: &[&ScriptedWrapper], states: &[&str], told: &str) {
+            let by = |ok: bool| -> Vec<MasterKeyId> {
+                targets
+                    .iter()
+                    .zip(states)
+                    .filter(|(_, state)| (**state == "ok") == ok)
+                    .map(|(key, _)| key.id())
+                    .collect()
+            };
+            assert_eq!(wrapped.keys.iter().map(|key| key.master_key.clone()).collect::<Vec<_>>(), by(true), "{told}");
+            assert_eq!(wrapped.missing.iter().map(|it| it.master_key.clone()).collect::<Vec<_>>(), by(false), "{told}");
+            assert!(wrapped.missing.iter().all(|it| !it.why.class.is_revocation()), "{told}");
+            self.a.restore();
+            self.b.restore();
+            for key in &wrapped.keys {
+                let one = std::slice::from_ref(key);
+                both(&self.a, &self.b).unwrap_with(one, &request(), |payload| self.accept(payload)).unwrap();
             }
         }
     }
 
-    #[test]
-    fn a_wrap_keeps_what_succeeded_unless_a_master_key_is_revoked() {
-        let (a, b) = (ScriptedWrapper::new("a"), ScriptedWrapper::new("b"));
-        let wrappers = both(&a, &b);
-        let key = payload(1);
-        for (name, set) in &SCENES[1..] {
-            a.restore();
-            set(&b);
-            let revoked = matches!(*name, "disabled" | "deleted" | "denied");
-            match wrappers.wrap(&key, &request()) {
-                Ok(wrapped) => {
-                    assert!(!revoked, "{name}: the key could be opened in spite of the revocation");
-                    assert_eq!(wrapped.iter().map(|key| &key.master_key).collect::<Vec<_>>(), [&a.id()], "{name}");
-                }
-                Err(error) => assert!(revoked, "{name}: {error}"),
-            }
-            a.unreachable();
-            assert_ne!(kind(wrappers.wrap(&key, &request())), None, "{name}");
+    fn verdict<T>(outcome: &Result<T>) -> &'static str {
+        match outcome.as_ref().err().map(Error::kind) {
+            None => "ok",
+            Some(ErrorKind::Disabled) => "dis",
+            Some(ErrorKind::Deleted) => "del",
+            Some(ErrorKind::Denied) => "den",
+            Some(ErrorKind::Unreachable) => "unr",
+            Some(ErrorKind::BadCiphertext) => "bad",
+            Some(_) => "other",
         }
+    }
+
+    #[test]
+    fn one_revocation_beats_any_success_and_no_answer_is_no_verdict() {
+        for_each_pair(EITHER, |pair, states, expected| {
+            let wrappers = both(&pair.a, &pair.b);
+            let unwrapped = wrappers.unwrap_with(&pair.wrapped, &request(), |payload| pair.accept(payload));
+            assert_eq!(verdict(&unwrapped), expected, "unwrap {states:?}");
+            assert_eq!(verdict(&wrappers.check(&pair.wrapped, &request())), expected, "check {states:?}");
+        });
+    }
+
+    #[test]
+    fn a_wrap_keeps_what_succeeded_and_tells_what_is_missing_unless_a_master_key_is_revoked() {
+        for_each_pair(EITHER, |pair, states, expected| {
+            let wrapped = both(&pair.a, &pair.b).wrap(&pair.key, &request());
+            assert_eq!(verdict(&wrapped), expected, "{states:?}");
+            if let Ok(wrapped) = wrapped {
+                pair.holds(&wrapped, &[&pair.a, &pair.b], &states, &format!("{states:?}"));
+            }
+        });
+    }
+
+    #[test]
+    fn a_rewrap_under_the_same_master_keys_follows_the_verdicts_of_both() {
+        for_each_pair(EITHER, |pair, states, expected| {
+            let wrappers = both(&pair.a, &pair.b);
+            let (calls, told) = (pair.a.unwraps(), format!("{states:?}"));
+            let wrapped = wrappers.rewrap(&wrappers, &pair.wrapped, &request(), |payload| pair.accept(payload));
+            assert_eq!(verdict(&wrapped), expected, "{told}");
+            assert!(pair.a.rewraps() > 0 && pair.a.wraps() == 1, "{told}: it did not rewrap by itself");
+            assert_eq!(pair.a.unwraps() - calls, u64::from(states[0] == "ok"), "{told}: more than the verification");
+            if let Ok(wrapped) = wrapped {
+                pair.holds(&wrapped, &[&pair.a, &pair.b], &states, &told);
+            }
+        });
+    }
+
+    #[test]
+    fn a_key_moves_to_another_master_key_only_if_both_work() {
+        for_each_pair(MOVED, |pair, states, expected| {
+            let (old, new) = (Wrappers::one(pair.a.clone()), Wrappers::one(pair.b.clone()));
+            let calls = pair.b.calls();
+            let wrapped = new.rewrap(&old, &pair.wrapped[..1], &request(), |payload| pair.accept(payload));
+            assert_eq!(verdict(&wrapped), expected, "{states:?}");
+            assert_eq!(pair.b.calls() > calls, states[0] == "ok", "{states:?}: the old side was not asked first");
+            if let Ok(wrapped) = wrapped {
+                pair.holds(&wrapped, &[&pair.b], &states[1..], &format!("{states:?}"));
+            }
+        });
+    }
+
+    #[test]
+    fn a_master_key_is_added_once_the_old_one_works_and_may_be_missing_at_first() {
+        for_each_pair(ADDED, |pair, states, expected| {
+            let (old, new) = (Wrappers::one(pair.a.clone()), both(&pair.a, &pair.b));
+            let wrapped = new.rewrap(&old, &pair.wrapped[..1], &request(), |payload| pair.accept(payload));
+            assert_eq!(verdict(&wrapped), expected, "{states:?}");
+            if let Ok(wrapped) = wrapped {
+                pair.holds(&wrapped, &[&pair.a, &pair.b], &states, &format!("{states:?}"));
+            }
+        });
+    }
+
+    #[test]
+    fn a_master_key_that_is_revoked_is_not_shaken_off_by_a_rewrap_without_it() {
+        for_each_pair(REMOVED, |pair, states, expected| {
+            let (old, new) = (both(&pair.a, &pair.b), Wrappers::one(pair.a.clone()));
+            let wrapped = new.rewrap(&old, &pair.wrapped, &request(), |payload| pair.accept(payload));
+            assert_eq!(verdict(&wrapped), expected, "{states:?}");
+            if let Ok(wrapped) = wrapped {
+                pair.holds(&wrapped, &[&pair.a], &states[..1], &format!("{states:?}"));
+            }
+        });
+    }
+
+    #[test]
+    fn a_success_that_is_refused_gives_way_to_the_next_and_to_any_revocation() {
+        let pair = Pair::new();
+        let wrappers = both(&pair.a, &pair.b);
+        let accepted = || wrappers.unwrap_with(&pair.wrapped, &request(), |payload| pair.accept(payload));
+        pair.a.corrupt();
+        accepted().unwrap();
+        pair.b.unreachable();
+        assert_eq!(kind(accepted()), Some(ErrorKind::Damaged), "the refusal tells more than the outage");
+        pair.b.deny();
+        assert_eq!(kind(accepted()), Some(ErrorKind::Denied));
+        pair.b.corrupt();
+        let number = std::cell::Cell::new(0);
+        let refuse = |_: &KeyPayload| -> Result<()> {
+            number.set(number.get() + 1);
+            Err(Error::invalid(format!("refusal {}", number.get())))
+        };
+        let error = wrappers.unwrap_with(&pair.wrapped, &request(), refuse).unwrap_err();
+        assert_eq!((error.to_string().as_str(), number.get()), ("refusal 1", 2));
+    }
+
+    #[test]
+    fn only_what_is_missing_is_wrapped_anew() {
+        let pair = Pair::new();
+        let wrappers = both(&pair.a, &pair.b);
+        let calls = pair.a.calls() + pair.b.calls();
+        assert!(!wrappers.lacks(&pair.wrapped));
+        let nothing = wrappers.wrap_missing(&pair.key, &pair.wrapped, &request()).unwrap();
+        assert!(nothing.keys.is_empty() && nothing.missing.is_empty());
+        assert_eq!(pair.a.calls() + pair.b.calls(), calls);
+
+        let existing = &pair.wrapped[..1];
+        let asked_of_a = pair.a.calls();
+        assert!(wrappers.lacks(existing));
+        pair.b.disable();
+        assert_eq!(kind(wrappers.wrap_missing(&pair.key, existing, &request())), Some(ErrorKind::Disabled));
+        pair.b.restore();
+        let repaired = wrappers.wrap_missing(&pair.key, existing, &request()).unwrap().keys;
+        assert_eq!(repaired.iter().map(|key| &key.master_key).collect::<Vec<_>>(), [&pair.b.id()]);
+        assert_eq!(pair.a.calls(), asked_of_a);
+    }
+
+    #[test]
+    fn a_rewrap_uses_the_current_version_and_is_verified_before_it_counts() {
+        let pair = Pair::new();
+        let wrappers = both(&pair.a, &pair.b);
+        let rewrap = || wrappers.rewrap(&wrappers, &pair.wrapped, &request(), |payload| pair.accept(payload));
+        pair.a.rotate();
+        pair.b.rotate();
+        let versions = rewrap().unwrap().keys.into_iter().map(|key| key.key_version).collect::<Vec<_>>();
+        assert_eq!(versions, ["1", "1"]);
+        pair.a.corrupt();
+        let wrapped = rewrap().unwrap();
+        assert_eq!(wrapped.missing.iter().map(|it| &it.master_key).collect::<Vec<_>>(), [&pair.a.id()]);
+        assert_eq!(wrapped.missing[0].why.class, KmsClass::Unclassified);
+        pair.b.corrupt();
+        assert_eq!(kind(rewrap()), Some(ErrorKind::Damaged), "it was kept though it holds another key");
+    }
+
+    #[test]
+    fn a_damaged_wrapping_does_not_hold_up_a_rewrap_that_another_allows() {
+        let pair = Pair::new();
+        let mut wrapped = pair.wrapped.clone();
+        wrapped[0].blob[0] ^= 1;
+        let (old, new) = (both(&pair.a, &pair.b), Wrappers::one(pair.a.clone()));
+        let outcome = new.rewrap(&old, &wrapped, &request(), |payload| pair.accept(payload)).unwrap();
+        pair.holds(&outcome, &[&pair.a], &["ok"], "from the payload");
+        let mut versions = vec![wrapped[0].clone(), pair.wrapped[0].clone()];
+        let outcome = new.rewrap(&new, &versions, &request(), |payload| pair.accept(payload)).unwrap();
+        pair.holds(&outcome, &[&pair.a], &["ok"], "from the second wrapping");
+        versions.truncate(1);
+        let outcome = new.rewrap(&new, &versions, &request(), |payload| pair.accept(payload));
+        assert_eq!(kind(outcome), Some(ErrorKind::BadCiphertext));
+    }
+
+    #[test]
+    fn a_service_that_re_encrypts_from_another_of_its_keys_is_asked_to() {
+        /// Takes what `self.1` wrapped.
+        struct Relative(ScriptedWrapper, ScriptedWrapper);
+        impl KeyWrapper for Relative {
+            fn id(&self) -> MasterKeyId {
+                self.0.id()
+            }
+            fn wrap_key(&self, key: &KeyPayload, cx: &WrapContext<'_>) -> Result<WrappedKey, KmsError> {
+                self.0.wrap_key(key, cx)
+            }
+            fn unwrap_key(&self, key: &WrappedKey, cx: &WrapContext<'_>) -> Result<KeyPayload, KmsError> {
+                self.0.unwrap_key(key, cx)
+            }
+            fn rewrap_key(&self, key: &WrappedKey, cx: &WrapContext<'_>) -> Result<WrappedKey, KmsError> {
+                let inner = self.1.rewrap_key(key, cx)?;
+                self.0.wrap_key(&self.1.unwrap_key(&inner, cx)?, cx)
+            }
+            fn can_rewrap(&self, key: &WrappedKey) -> bool {
+                key.master_key == self.1.id()
+            }
+        }
+        let pair = Pair::new();
+        let (old, new) = (Wrappers::one(pair.a.clone()), Wrappers::one(Relative(pair.b.clone(), pair.a.clone())));
+        let wrapped = new.rewrap(&old, &pair.wrapped[..1], &request(), |payload| pair.accept(payload)).unwrap();
+        assert_eq!(pair.a.rewraps(), 1);
+        pair.holds(&wrapped, &[&pair.b], &["ok"], "re-encrypted");
+        pair.a.disable();
+        let refused = new.rewrap(&old, &pair.wrapped[..1], &request(), |payload| pair.accept(payload));
+        assert_eq!(kind(refused), Some(ErrorKind::Disabled));
+    }
+
+    #[test]
+    fn a_throttled_key_opens_a_little_later_and_a_failure_says_when() {
+        let pair = Pair::new();
+        let wrappers = Wrappers::one(pair.a.clone());
+        pair.a.throttle_next(1, Duration::from_millis(10));
+        wrappers.unwrap_with(&pair.wrapped, &request(), |payload| pair.accept(payload)).unwrap();
+        let after = Duration::from_secs(70);
+        pair.a.throttle(after);
+        let error = wrappers.check(&pair.wrapped, &request()).unwrap_err();
+        assert_eq!((error.kind(), error.retry_after()), (ErrorKind::Unreachable, Some(after)));
     }
 
     #[test]
@@ -362,7 +763,7 @@ mod tests {
         let (a, b) = (ScriptedWrapper::new("a"), ScriptedWrapper::new("b"));
         let wrappers = both(&a, &b);
         let key = payload(1);
-        let wrapped = wrappers.wrap(&key, &request()).unwrap();
+        let wrapped = wrappers.wrap(&key, &request()).unwrap().keys;
         a.hang();
         let waiting = |millis| WrapRequest { timeout: Duration::from_millis(millis), ..request() };
         // Uses up every place for calls to `a`, whatever becomes of these.
@@ -383,7 +784,7 @@ mod tests {
     #[test]
     fn a_wrapping_of_another_master_key_is_sent_nowhere() {
         let (a, b) = (ScriptedWrapper::new("a"), ScriptedWrapper::new("b"));
-        let wrapped = Wrappers::one(a.clone()).wrap(&payload(1), &request()).unwrap();
+        let wrapped = Wrappers::one(a.clone()).wrap(&payload(1), &request()).unwrap().keys;
         let other = Wrappers::one(b.clone());
         for outcome in [other.unwrap(&wrapped, &request()).map(drop), other.check(&wrapped, &request())] {
             let error = outcome.unwrap_err();
@@ -400,9 +801,9 @@ mod tests {
         let a = ScriptedWrapper::new("a");
         let wrappers = Wrappers::one(a.clone());
         let key = payload(1);
-        let mut wrapped = wrappers.wrap(&key, &request()).unwrap();
+        let mut wrapped = wrappers.wrap(&key, &request()).unwrap().keys;
         a.rotate();
-        wrapped.extend(wrappers.wrap(&key, &request()).unwrap());
+        wrapped.extend(wrappers.wrap(&key, &request()).unwrap().keys);
         assert_ne!(wrapped[0].key_version, wrapped[1].key_version);
         for damaged in 0..2 {
             let mut wrapped = wrapped.clone();
@@ -419,7 +820,7 @@ mod tests {
     #[test]
     fn a_key_opens_for_its_own_cluster_database_generation_and_purpose_only() {
         let wrappers = Wrappers::one(ScriptedWrapper::new("a"));
-        let wrapped = wrappers.wrap(&payload(1), &request()).unwrap();
+        let wrapped = wrappers.wrap(&payload(1), &request()).unwrap().keys;
         let others = [
             WrapRequest { cluster: crate::ids::ClusterId::from_bytes([9; 16]), ..request() },
             WrapRequest { database: Some(DatabaseId::from_bytes([9; 16])), ..request() },

@@ -269,7 +269,7 @@ mod tests {
     }
 
     fn wrap(key: &LocalKeyFile) -> WrappedKey {
-        Wrappers::one(key.clone()).wrap(&payload(1), &request()).unwrap().remove(0)
+        Wrappers::one(key.clone()).wrap(&payload(1), &request()).unwrap().keys.remove(0)
     }
 
     #[test]

@@ -37,13 +37,20 @@ pub struct ScriptedWrapper(Arc<Shared>);
 struct Shared {
     name: String,
     env: Env,
-    calls: AtomicU64,
+    public: bool,
+    wraps: AtomicU64,
+    unwraps: AtomicU64,
+    rewraps: AtomicU64,
+    in_flight: AtomicU64,
+    most_in_flight: AtomicU64,
     script: Mutex<Script>,
     changed: Condvar,
 }
 
 struct Script {
     behaviour: Behaviour,
+    /// How many calls are throttled before `behaviour` applies, and when they are told to come back.
+    throttled: (u64, Option<Duration>),
     /// How often [`ScriptedWrapper::rotate`] was called. Keys are drawn when they are first used, where failing is possible.
     rotations: usize,
     keys: Vec<Arc<SecretKey>>,
@@ -60,11 +67,25 @@ enum Behaviour {
 impl ScriptedWrapper {
     /// A new random master key `scripted:name` that works.
     pub fn new(name: impl Into<String>) -> Self {
-        let script = Script { behaviour: Behaviour::Works, rotations: 0, keys: Vec::new() };
+        Self::make(name.into(), false)
+    }
+
+    /// The same, but as if a public key sufficed to wrap ([`KeyWrapper::wrapping_is_public`]).
+    pub fn public(name: impl Into<String>) -> Self {
+        Self::make(name.into(), true)
+    }
+
+    fn make(name: String, public: bool) -> Self {
+        let script = Script { behaviour: Behaviour::Works, throttled: (0, None), rotations: 0, keys: Vec::new() };
         Self(Arc::new(Shared {
-            name: name.into(),
+            name,
             env: Env::system(),
-            calls: AtomicU64::new(0),
+            public,
+            wraps: AtomicU64::new(0),
+            unwraps: AtomicU64::new(0),
+            rewraps: AtomicU64::new(0),
+            in_flight: AtomicU64::new(0),
+            most_in_flight: AtomicU64::new(0),
             script: Mutex::new(script),
             changed: Condvar::new(),
         }))
@@ -93,6 +114,12 @@ impl ScriptedWrapper {
     /// Every call is asked to come back after `retry_after`.
     pub fn throttle(&self, retry_after: Duration) {
         self.set(Behaviour::Fails(KmsClass::Throttled, Some(retry_after)));
+    }
+
+    /// The next `calls` calls are asked to come back, after `retry_after` if that is some; those after them find the state that
+    /// was set before. A state that is set meanwhile applies at once.
+    pub fn throttle_next(&self, calls: u64, retry_after: impl Into<Option<Duration>>) {
+        self.script().throttled = (calls, retry_after.into());
     }
 
     /// Every call blocks until another state is set, and then does what that one says. Calls that still block when the test
@@ -126,10 +153,30 @@ impl ScriptedWrapper {
         self.script().rotations += 1;
     }
 
-    /// How many wraps and unwraps were asked for so far, with those that failed or still hang. A check is an unwrap; a
-    /// cluster unwraps after each wrap, to verify it.
+    /// How many calls were asked for so far, with those that failed or still hang. A check is an unwrap; a cluster unwraps
+    /// after each wrap, to verify it, and repeats a call once that could not reach the key, and often one that was throttled.
     pub fn calls(&self) -> u64 {
-        self.0.calls.load(Ordering::SeqCst)
+        self.wraps() + self.unwraps() + self.rewraps()
+    }
+
+    /// How many of the calls were wraps.
+    pub fn wraps(&self) -> u64 {
+        self.0.wraps.load(Ordering::SeqCst)
+    }
+
+    /// How many of the calls were unwraps or checks.
+    pub fn unwraps(&self) -> u64 {
+        self.0.unwraps.load(Ordering::SeqCst)
+    }
+
+    /// How many of the calls were rewraps, which hand no payload out.
+    pub fn rewraps(&self) -> u64 {
+        self.0.rewraps.load(Ordering::SeqCst)
+    }
+
+    /// How many calls there were at the same time, at most.
+    pub fn most_in_flight(&self) -> u64 {
+        self.0.most_in_flight.load(Ordering::SeqCst)
     }
 
     fn fail(&self, class: KmsClass) {
@@ -137,15 +184,31 @@ impl ScriptedWrapper {
     }
 
     fn set(&self, behaviour: Behaviour) {
-        self.script().behaviour = behaviour;
+        let mut script = self.script();
+        (script.behaviour, script.throttled) = (behaviour, (0, None));
+        drop(script);
         self.0.changed.notify_all();
     }
 
-    /// Counts the call, waits while it hangs, and fails if it is to fail; else returns the script, and whether to lie.
+    /// Counts the call, as one in flight while the guard lives.
+    fn count(&self, calls: &AtomicU64) -> InFlight<'_> {
+        calls.fetch_add(1, Ordering::SeqCst);
+        let now = self.0.in_flight.fetch_add(1, Ordering::SeqCst) + 1;
+        self.0.most_in_flight.fetch_max(now, Ordering::SeqCst);
+        InFlight(&self.0.in_flight)
+    }
+
+    /// Waits while the call hangs, and fails if it is to fail; else returns the script, and whether to lie.
     fn enter(&self) -> Result<(MutexGuard<'_, Script>, bool), KmsError> {
-        self.0.calls.fetch_add(1, Ordering::SeqCst);
         let hangs = |script: &mut Script| matches!(script.behaviour, Behaviour::Hangs);
-        let script = self.0.changed.wait_while(self.script(), hangs).unwrap_or_else(PoisonError::into_inner);
+        let mut script = self.0.changed.wait_while(self.script(), hangs).unwrap_or_else(PoisonError::into_inner);
+        if let (left @ 1.., retry_after) = script.throttled {
+            script.throttled.0 = left - 1;
+            return Err(KmsError {
+                retry_after,
+                ..KmsError::with_source(KmsClass::Throttled, "as the test's script says")
+            });
+        }
         match script.behaviour {
             Behaviour::Fails(class, retry_after) => {
                 Err(KmsError { retry_after, ..KmsError::with_source(class, "as the test's script says") })
@@ -159,6 +222,17 @@ impl ScriptedWrapper {
         self.0.script.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn seal(
+        &self,
+        script: MutexGuard<'_, Script>,
+        payload: &KeyPayload,
+        cx: &WrapContext<'_>,
+    ) -> Result<WrappedKey, KmsError> {
+        let (key_version, key) = self.current(script)?;
+        let blob = seal_payload(&key, &self.0.env, payload, cx)?;
+        Ok(WrappedKey { master_key: self.id(), key_version, blob })
+    }
+
     /// The version that wraps, and its key.
     fn current(&self, mut script: MutexGuard<'_, Script>) -> Result<(String, Arc<SecretKey>), KmsError> {
         while script.keys.len() <= script.rotations {
@@ -170,28 +244,54 @@ impl ScriptedWrapper {
     }
 }
 
+struct InFlight<'a>(&'a AtomicU64);
+
+impl Drop for InFlight<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+impl Script {
+    /// The version that wrapped this.
+    fn key_of(&self, wrapped: &WrappedKey) -> Result<Arc<SecretKey>, KmsError> {
+        let key = wrapped.key_version.parse().ok().and_then(|version: usize| self.keys.get(version).map(Arc::clone));
+        key.ok_or_else(|| {
+            let text = format!("this key has no version {:?}", wrapped.key_version);
+            KmsError::with_source(KmsClass::BadCiphertext, text)
+        })
+    }
+}
+
 impl KeyWrapper for ScriptedWrapper {
     fn id(&self) -> MasterKeyId {
         MasterKeyId::new("scripted", &*self.0.name)
     }
 
     fn wrap_key(&self, payload: &KeyPayload, cx: &WrapContext<'_>) -> Result<WrappedKey, KmsError> {
+        let _in_flight = self.count(&self.0.wraps);
         let (script, _) = self.enter()?;
-        let (key_version, key) = self.current(script)?;
-        let blob = seal_payload(&key, &self.0.env, payload, cx)?;
-        Ok(WrappedKey { master_key: self.id(), key_version, blob })
+        self.seal(script, payload, cx)
     }
 
     fn unwrap_key(&self, wrapped: &WrappedKey, cx: &WrapContext<'_>) -> Result<KeyPayload, KmsError> {
+        let _in_flight = self.count(&self.0.unwraps);
         let (script, lies) = self.enter()?;
-        let key = wrapped.key_version.parse().ok().and_then(|version: usize| script.keys.get(version).map(Arc::clone));
+        let key = script.key_of(wrapped)?;
         drop(script);
-        let no_version = || {
-            let text = format!("this key has no version {:?}", wrapped.key_version);
-            KmsError::with_source(KmsClass::BadCiphertext, text)
-        };
-        let payload = open_payload(&*key.ok_or_else(no_version)?, &wrapped.blob, cx)?;
+        let payload = open_payload(&key, &wrapped.blob, cx)?;
         if lies { with_a_flipped_bit(&payload) } else { Ok(payload) }
+    }
+
+    fn rewrap_key(&self, wrapped: &WrappedKey, cx: &WrapContext<'_>) -> Result<WrappedKey, KmsError> {
+        let _in_flight = self.count(&self.0.rewraps);
+        let (script, _) = self.enter()?;
+        let payload = open_payload(&*script.key_of(wrapped)?, &wrapped.blob, cx)?;
+        self.seal(script, &payload, cx)
+    }
+
+    fn wrapping_is_public(&self) -> bool {
+        self.0.public
     }
 }
 
@@ -229,13 +329,13 @@ mod tests {
             (ScriptedWrapper::delete, ErrorKind::Deleted),
             (ScriptedWrapper::deny, ErrorKind::Denied),
             (ScriptedWrapper::unreachable, ErrorKind::Unreachable),
-            (|key| key.throttle(Duration::from_secs(7)), ErrorKind::Unreachable),
+            (|key| key.throttle(Duration::from_secs(70)), ErrorKind::Unreachable),
             (ScriptedWrapper::bad_ciphertext, ErrorKind::BadCiphertext),
             (ScriptedWrapper::misconfigure, ErrorKind::Misconfigured),
         ];
         let key = ScriptedWrapper::new("k");
         let wrappers = Wrappers::one(key.clone());
-        let wrapped = wrappers.wrap(&payload(1), &request()).unwrap();
+        let wrapped = wrappers.wrap(&payload(1), &request()).unwrap().keys;
         for (set, kind) in states {
             set(&key);
             assert_eq!(wrappers.wrap(&payload(1), &request()).unwrap_err().kind(), kind);
@@ -277,7 +377,7 @@ mod tests {
     fn a_lying_wrapper_returns_another_payload_without_an_error() {
         let key = ScriptedWrapper::new("k");
         let wrappers = Wrappers::one(key.clone());
-        let wrapped = wrappers.wrap(&payload(1), &request()).unwrap();
+        let wrapped = wrappers.wrap(&payload(1), &request()).unwrap().keys;
         key.corrupt();
         let got = wrappers.unwrap(&wrapped, &request()).unwrap();
         let differing: u32 = got.with_bytes(|bytes| bytes.iter().map(|byte| (byte ^ 1).count_ones()).sum()).unwrap();
@@ -288,14 +388,57 @@ mod tests {
     fn older_versions_still_unwrap_and_clones_are_one_key() {
         let key = ScriptedWrapper::new("k");
         let wrappers = Wrappers::one(key.clone());
-        let old = wrappers.wrap(&payload(1), &request()).unwrap();
+        let old = wrappers.wrap(&payload(1), &request()).unwrap().keys;
         let clone = key.clone();
         clone.rotate();
-        let new = wrappers.wrap(&payload(1), &request()).unwrap();
+        let new = wrappers.wrap(&payload(1), &request()).unwrap().keys;
         assert_eq!((&*old[0].key_version, &*new[0].key_version), ("0", "1"));
         for wrapped in [old, new] {
             wrappers.unwrap(&wrapped, &request()).unwrap();
         }
         assert_eq!(clone.calls(), 6, "two wraps, each verified, and two unwraps");
+    }
+
+    #[test]
+    fn calls_are_counted_by_what_they_are_and_by_how_many_there_are_at_once() {
+        let key = ScriptedWrapper::new("k");
+        let wrappers = Wrappers::one(key.clone());
+        let wrapped = wrappers.wrap(&payload(1), &request()).unwrap().keys;
+        let cases = (key.wraps(), key.unwraps(), key.rewraps(), key.calls(), key.most_in_flight());
+        assert_eq!(cases, (1, 1, 0, 2, 1));
+        key.hang();
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| wrappers.check(&wrapped, &request()).unwrap());
+            }
+            while key.calls() < 5 {
+                std::thread::yield_now();
+            }
+            key.restore();
+        });
+        assert_eq!((key.unwraps(), key.most_in_flight()), (4, 3));
+    }
+
+    #[test]
+    fn only_the_next_calls_are_throttled_and_a_new_state_ends_it() {
+        let key = ScriptedWrapper::new("k");
+        let throttled = |key: &ScriptedWrapper| key.enter().err().map(|error| (error.class, error.retry_after));
+        key.throttle_next(2, None);
+        let answers = [throttled(&key), throttled(&key), throttled(&key)];
+        assert_eq!(answers, [Some((KmsClass::Throttled, None)), Some((KmsClass::Throttled, None)), None]);
+        let after = Duration::from_secs(1);
+        key.throttle_next(2, after);
+        assert_eq!(throttled(&key), Some((KmsClass::Throttled, Some(after))));
+        key.restore();
+        assert_eq!(throttled(&key), None);
+    }
+
+    #[test]
+    fn a_public_key_wraps_like_any_other_and_says_what_it_is() {
+        assert!(Wrappers::one(ScriptedWrapper::public("k")).is_public());
+        assert!(!Wrappers::one(ScriptedWrapper::new("k")).is_public());
+        let wrappers = Wrappers::one(ScriptedWrapper::public("k"));
+        let wrapped = wrappers.wrap(&payload(1), &request()).unwrap().keys;
+        wrappers.check(&wrapped, &request()).unwrap();
     }
 }
