@@ -19,7 +19,7 @@ use crate::format::record::{KeyState, Record};
 use crate::format::wrapped::Purpose;
 use crate::ids::{ClusterId, DatabaseId, FileId, Generation, SealId};
 use crate::keys::calls::WrapRequest;
-use crate::keys::keyring::{DataKey, Keyring};
+use crate::keys::keyring::{DataKey, Hold, Keyring};
 use crate::keys::keystore::{Keystore, UnverifiedKeystore};
 use crate::keys::names::{CLUSTER_SCOPE, NameKeys, check_name};
 use crate::keys::payload;
@@ -435,7 +435,8 @@ impl ClusterInner {
 
     /// Makes the handle of a database whose keys were just unwrapped or drawn, unless another thread was faster.
     fn adopt(self: &Arc<Self>, id: DatabaseId, name: &str, keys: Vec<DataKey>) -> Result<Database> {
-        let keyring = Keyring::new(id, keys)?;
+        let lock: Hold = Arc::clone(&self.lock) as Hold;
+        let keyring = Keyring::new(id, keys, Some(lock))?;
         let mut ciphers = self.ciphers.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(inner) = ciphers.get(&id).and_then(Weak::upgrade) {
             return Ok(self.handle(id, name, PageCipher(inner)));
@@ -446,7 +447,7 @@ impl ClusterInner {
             Arc::clone(&self.subkeys),
             Arc::clone(&self.resumes),
             self.env().clone(),
-            Some(Arc::clone(&self.lock)),
+            None,
         );
         ciphers.insert(id, Arc::downgrade(&cipher.0));
         Ok(self.handle(id, name, cipher))

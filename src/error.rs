@@ -39,6 +39,15 @@ pub enum PageError {
     /// The job was not reached, because another job or the pool panicked. Nothing was sealed under it; submit it again.
     #[error("the page was not reached because the batch was interrupted; submit it again")]
     NotRun,
+    /// The cluster is disabled, and its keys are wiped from memory. Restore the master key or the credentials; once the
+    /// cluster is active again, the same handles work again. Nothing was read or written.
+    #[error(
+        "the cluster is disabled: restore the master key or the credentials, then retry; this handle works again then"
+    )]
+    Disabled,
+    /// The database was dropped. Drop its handles.
+    #[error("the database was dropped; drop its handles")]
+    Dropped,
 }
 
 /// What the caller can do about an [`Error`].
@@ -51,6 +60,9 @@ pub enum ErrorKind {
     Denied,
     /// The master key is disabled. Enable it at the provider, then retry.
     Disabled,
+    /// The cluster was disabled and refuses reads and writes. Restore the master key or the credentials, then call
+    /// `Cluster::retry`; the same handles work again afterwards. See [`PageError::Disabled`].
+    Closed,
     /// The master key is gone. Restore exactly that key; no other opens this data.
     Deleted,
     /// A wrapped key was refused by the provider: another master key, or a tampered record. Check the configured key.
@@ -72,7 +84,7 @@ pub enum ErrorKind {
     Unsupported,
     /// The call cannot be right (an empty name, a page out of range). Change the call.
     Invalid,
-    /// There is no such cluster, database or file.
+    /// There is no such cluster, database or file, or it was dropped.
     NotFound,
     /// A cluster, database or file of this name exists already.
     AlreadyExists,
@@ -199,6 +211,8 @@ fn page_kind(error: PageError) -> ErrorKind {
         PageError::Authentication | PageError::UnknownGeneration(_) => ErrorKind::Authentication,
         PageError::Length => ErrorKind::Invalid,
         PageError::Randomness | PageError::LockedMemory | PageError::NotRun => ErrorKind::Resources,
+        PageError::Disabled => ErrorKind::Closed,
+        PageError::Dropped => ErrorKind::NotFound,
     }
 }
 

@@ -1,6 +1,11 @@
-//! The keyring: the unwrapped data keys of one open database.
+//! The keyring: the unwrapped data keys of one database, and the gate of all its handles.
+//!
+//! Whoever needs a data key asks here, and is refused while the keyring is closed. Who was let in keeps what it was given
+//! ([`OpenKeys`], [`Current`]) until it has ended, and so keeps those keys alive.
 
-use std::sync::Arc;
+use std::ops::Deref;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 
@@ -10,7 +15,7 @@ use crate::format::derive::{Info, Label};
 use crate::format::page::{SALT_LEN, Suite};
 use crate::ids::{DatabaseId, Generation, SealId};
 use crate::page::subkeys::Owner;
-use crate::secret::{Locked, SecretKey};
+use crate::secret::{Forked, Locked, SecretKey, ThisProcess};
 
 /// One generation of a database's data key.
 pub(crate) struct DataKey {
@@ -33,35 +38,352 @@ impl DataKey {
     }
 }
 
-/// All data keys of one open database, oldest first.
+/// A data key in the keyring. Subkeys hold the one that they were derived from, so it outlives whatever uses it: once it
+/// is gone, so is everything made from it.
+pub(crate) struct LiveKey {
+    key: DataKey,
+    /// Goes after the key was wiped, being declared after it: [`Closing`] looks at it from outside.
+    wiped: Arc<()>,
+}
+
+impl LiveKey {
+    pub(crate) fn new(key: DataKey) -> Arc<Self> {
+        Arc::new(Self { key, wiped: Arc::default() })
+    }
+}
+
+impl Deref for LiveKey {
+    type Target = DataKey;
+
+    fn deref(&self) -> &DataKey {
+        &self.key
+    }
+}
+
+/// What must not be given up while anybody may seal under the newest generation: its lock among processes. It is dropped by
+/// whoever ends last, on any thread: its drop must neither block nor call into the database.
+pub(crate) type Hold = Arc<dyn Send + Sync>;
+
+/// The keys of an open database, as they were at one moment. An operation that has them ends whole, whatever is closed
+/// meanwhile.
+pub(crate) struct OpenKeys {
+    // Declared before the keys, so that it is gone when they are: see `Closing`.
+    hold: Option<Hold>,
+    /// At least one; each generation once, in ascending order.
+    keys: Vec<Arc<LiveKey>>,
+}
+
+/// The key that new seals use, and what is held for it.
+pub(crate) struct Current {
+    // Declared before the key, so that it is gone when the key is: see `Closing`.
+    pub(crate) hold: Option<Hold>,
+    pub(crate) key: Arc<LiveKey>,
+}
+
+impl OpenKeys {
+    /// `keys` in ascending order; those that `before` has, by their generation, are kept: no key is alive twice.
+    fn new(keys: Vec<DataKey>, hold: Option<Hold>, before: Option<&Self>) -> Self {
+        let kept = |key: DataKey| {
+            let known = before.and_then(|before| before.find(key.generation));
+            known.unwrap_or_else(|| LiveKey::new(key))
+        };
+        Self { hold, keys: keys.into_iter().map(kept).collect() }
+    }
+
+    fn newest(&self) -> &Arc<LiveKey> {
+        self.keys.last().expect("a keyring is opened with at least one key and never loses its last")
+    }
+
+    fn current(&self) -> Current {
+        Current { hold: self.hold.clone(), key: Arc::clone(self.newest()) }
+    }
+
+    pub(crate) fn find(&self, generation: Generation) -> Option<Arc<LiveKey>> {
+        let at = self.keys.binary_search_by_key(&generation, |key| key.generation).ok()?;
+        Some(Arc::clone(&self.keys[at]))
+    }
+
+    fn closing(&self) -> Closing {
+        Closing(self.keys.iter().map(|key| Arc::downgrade(&key.wiped)).collect())
+    }
+}
+
+/// Why a keyring is closed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[allow(dead_code)] // used by the cluster's disabling and dropping
+pub(crate) enum Closed {
+    /// The cluster is; it may come back.
+    Disabled,
+    /// The database is gone, for good.
+    Dropped,
+}
+
+impl From<Closed> for PageError {
+    fn from(why: Closed) -> Self {
+        match why {
+            Closed::Disabled => Self::Disabled,
+            Closed::Dropped => Self::Dropped,
+        }
+    }
+}
+
+enum State {
+    Open(Arc<OpenKeys>),
+    Closed { why: Closed, newest: Generation },
+}
+
+impl State {
+    fn newest(&self) -> Generation {
+        match self {
+            Self::Open(open) => open.newest().generation,
+            Self::Closed { newest, .. } => *newest,
+        }
+    }
+
+    fn open(&self) -> Result<&Arc<OpenKeys>, PageError> {
+        match self {
+            Self::Open(open) => Ok(open),
+            Self::Closed { why, .. } => Err((*why).into()),
+        }
+    }
+}
+
+/// All data keys of one database, and whether they may be used. Changing it is [`CipherInner`]'s alone, which also ends
+/// what was derived from the keys.
+///
+/// [`CipherInner`]: crate::page::cipher::CipherInner
 pub(crate) struct Keyring {
     pub(crate) database: DatabaseId,
     pub(crate) owner: Owner,
-    keys: ArcSwap<Vec<Arc<DataKey>>>,
+    process: ThisProcess,
+    state: ArcSwap<State>,
+    /// Held while the next state is made from the last.
+    changing: Mutex<()>,
 }
 
 impl Keyring {
-    /// `keys` must hold each generation once, in ascending order.
+    /// An open keyring. `keys` must hold each generation once, in ascending order; `hold` is kept as long as anybody may
+    /// seal under the last.
     ///
     /// # Errors
-    /// [`ErrorKind::Damaged`] if there is none.
-    pub(crate) fn new(database: DatabaseId, keys: Vec<DataKey>) -> Result<Self, Error> {
-        if keys.is_empty() {
-            return Err(Error::new(ErrorKind::Damaged, format!("database {database} has no data key")));
+    /// [`ErrorKind::Damaged`] if there is none; [`ErrorKind::Resources`].
+    pub(crate) fn new(database: DatabaseId, keys: Vec<DataKey>, hold: Option<Hold>) -> Result<Self, Error> {
+        check_keys(database, &keys)?;
+        let state = State::Open(Arc::new(OpenKeys::new(keys, hold, None)));
+        Ok(Self {
+            database,
+            owner: Owner::next(),
+            process: ThisProcess::mark()?,
+            state: ArcSwap::from_pointee(state),
+            changing: Mutex::default(),
+        })
+    }
+
+    /// Fails in a forked child, open or closed.
+    #[inline]
+    pub(crate) fn check_fork(&self) -> Result<(), Forked> {
+        self.process.check()
+    }
+
+    /// Lets an operation in.
+    ///
+    /// # Errors
+    /// [`PageError::Disabled`] or [`PageError::Dropped`] while closed.
+    pub(crate) fn enter(&self) -> Result<Arc<OpenKeys>, PageError> {
+        self.state.load().open().map(Arc::clone)
+    }
+
+    /// The key that new seals use: the newest.
+    ///
+    /// # Errors
+    /// As [`Keyring::enter`].
+    pub(crate) fn current(&self) -> Result<Current, PageError> {
+        self.state.load().open().map(|open| open.current())
+    }
+
+    /// # Errors
+    /// As [`Keyring::enter`].
+    pub(crate) fn find(&self, generation: Generation) -> Result<Option<Arc<LiveKey>>, PageError> {
+        self.state.load().open().map(|open| open.find(generation))
+    }
+
+    /// Whether this very key may still be used.
+    pub(crate) fn holds(&self, key: &Arc<LiveKey>) -> bool {
+        matches!(self.find(key.generation), Ok(Some(found)) if Arc::ptr_eq(&found, key))
+    }
+
+    /// The newest generation, open or closed.
+    pub(crate) fn newest(&self) -> Generation {
+        self.state.load().newest()
+    }
+
+    /// Lets nobody in any more. What is dropped stays dropped.
+    pub(crate) fn close(&self, why: Closed) -> Closing {
+        let mut closing = Closing(Vec::new());
+        self.change(|state| {
+            let newest = state.newest();
+            match state {
+                State::Open(open) => closing = open.closing(),
+                State::Closed { why: Closed::Dropped, .. } => return None,
+                State::Closed { .. } => {}
+            }
+            Some(State::Closed { why, newest })
+        });
+        closing
+    }
+
+    /// Opens it with `keys`, as for [`Keyring::new`]; if it is open, they take the place of those it has.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] if the database was dropped; [`ErrorKind::Damaged`] without a key.
+    pub(crate) fn open_with(&self, keys: Vec<DataKey>, hold: Option<Hold>) -> Result<(), Error> {
+        self.put(keys, hold, |state| match state {
+            State::Open(open) => Ok(Some(open)),
+            State::Closed { why: Closed::Disabled, .. } => Ok(None),
+            State::Closed { why: Closed::Dropped, .. } => Err(PageError::Dropped),
+        })
+    }
+
+    /// As [`Keyring::open_with`], if it is open.
+    ///
+    /// # Errors
+    /// As [`Keyring::open_with`]; [`ErrorKind::Closed`] while it is closed.
+    pub(crate) fn replace(&self, keys: Vec<DataKey>, hold: Option<Hold>) -> Result<(), Error> {
+        self.put(keys, hold, |state| state.open().map(Some))
+    }
+
+    /// Adds the next generation, which seals use from now on.
+    ///
+    /// # Errors
+    /// As [`Keyring::enter`]; [`ErrorKind::Invalid`] if it is not newer than the newest.
+    pub(crate) fn add(&self, key: DataKey, hold: Option<Hold>) -> Result<(), Error> {
+        let key = LiveKey::new(key);
+        let mut outcome = Ok(());
+        self.change(|state| {
+            let checked = state.open().map_err(Error::from).and_then(|open| check_newer(open, &key));
+            match checked {
+                Ok(mut keys) => {
+                    keys.push(Arc::clone(&key));
+                    Some(State::Open(Arc::new(OpenKeys { hold: hold.clone(), keys })))
+                }
+                Err(error) => {
+                    outcome = Err(error);
+                    None
+                }
+            }
+        });
+        outcome
+    }
+
+    /// Takes a generation out, other than the newest.
+    ///
+    /// # Errors
+    /// As [`Keyring::enter`]; [`ErrorKind::Invalid`] for the newest.
+    pub(crate) fn remove(&self, generation: Generation) -> Result<Closing, Error> {
+        let mut outcome = Ok(Closing(Vec::new()));
+        self.change(|state| {
+            let open = match state.open() {
+                Ok(open) if open.newest().generation != generation => open,
+                Ok(_) => {
+                    let message = format!("generation {generation} is the newest: rotate before it is removed");
+                    outcome = Err(Error::invalid(message));
+                    return None;
+                }
+                Err(error) => {
+                    outcome = Err(error.into());
+                    return None;
+                }
+            };
+            let (gone, keys): (Vec<_>, _) = open.keys.iter().cloned().partition(|key| key.generation == generation);
+            outcome = Ok(Closing(gone.iter().map(|key| Arc::downgrade(&key.wiped)).collect()));
+            Some(State::Open(Arc::new(OpenKeys { hold: open.hold.clone(), keys })))
+        });
+        outcome
+    }
+
+    fn put(
+        &self,
+        keys: Vec<DataKey>,
+        hold: Option<Hold>,
+        before: impl FnOnce(&State) -> Result<Option<&Arc<OpenKeys>>, PageError>,
+    ) -> Result<(), Error> {
+        check_keys(self.database, &keys)?;
+        let mut outcome = Ok(());
+        self.change(|state| match before(state) {
+            Ok(before) => {
+                let open = OpenKeys::new(keys, hold.clone(), before.map(|before| &**before));
+                Some(State::Open(Arc::new(open)))
+            }
+            Err(error) => {
+                outcome = Err(error.into());
+                None
+            }
+        });
+        outcome
+    }
+
+    /// The caller has checked that this is no forked child.
+    fn change(&self, next: impl FnOnce(&State) -> Option<State>) {
+        // Dropped after the lock: with it may go the last of a hold.
+        let old;
+        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        old = self.state.load_full();
+        if let Some(next) = next(&old) {
+            self.state.store(Arc::new(next));
         }
-        let keys = keys.into_iter().map(Arc::new).collect();
-        Ok(Self { database, owner: Owner::next(), keys: ArcSwap::from_pointee(keys) })
+    }
+}
+
+fn check_keys(database: DatabaseId, keys: &[DataKey]) -> Result<(), Error> {
+    if keys.is_empty() {
+        return Err(Error::new(ErrorKind::Damaged, format!("database {database} has no data key")));
+    }
+    if !keys.is_sorted_by(|a, b| a.generation < b.generation) {
+        return Err(Error::new(ErrorKind::Damaged, format!("the data keys of database {database} are out of order")));
+    }
+    Ok(())
+}
+
+/// The keys of `open`, if `key` may come after them.
+fn check_newer(open: &OpenKeys, key: &LiveKey) -> Result<Vec<Arc<LiveKey>>, Error> {
+    let newest = open.newest().generation;
+    if key.generation <= newest {
+        let message = format!("generation {} does not come after {newest}", key.generation);
+        return Err(Error::invalid(message));
+    }
+    Ok(open.keys.clone())
+}
+
+/// Data keys that were let go of. They, what was derived from them, and the hold that went with them live until the last
+/// operation that was in flight has ended.
+#[must_use = "operations in flight may still use the keys"]
+pub(crate) struct Closing(Vec<Weak<()>>);
+
+impl Closing {
+    /// Waits until all of it is wiped; false if that took longer than `patience`.
+    #[allow(dead_code)] // used by the cluster's disabling and dropping
+    pub(crate) fn wait(&self, patience: Duration) -> bool {
+        const SPINS: u32 = 1_000;
+        const NAP: Duration = Duration::from_micros(200);
+        let start = Instant::now();
+        let mut spins = 0;
+        while !self.ended() {
+            match spins {
+                ..SPINS => std::hint::spin_loop(),
+                _ if start.elapsed() < patience => std::thread::sleep(NAP),
+                _ => return false,
+            }
+            spins = spins.saturating_add(1);
+        }
+        true
     }
 
-    /// The generation that new seals use: the newest.
-    pub(crate) fn current(&self) -> Arc<DataKey> {
-        let keys = self.keys.load();
-        Arc::clone(keys.last().expect("a keyring is made with at least one key and never loses its last"))
+    fn ended(&self) -> bool {
+        self.0.iter().all(|key| key.strong_count() == 0)
     }
 
-    pub(crate) fn find(&self, generation: Generation) -> Option<Arc<DataKey>> {
-        let keys = self.keys.load();
-        let at = keys.binary_search_by_key(&generation, |key| key.generation).ok()?;
-        Some(Arc::clone(&keys[at]))
+    /// For a forked child, where the kernel wiped the keys.
+    pub(crate) fn nothing() -> Self {
+        Self(Vec::new())
     }
 }

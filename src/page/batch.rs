@@ -1,10 +1,13 @@
 //! Many pages in one call, in parallel where that pays.
 
-use std::sync::{Mutex, TryLockError};
+use std::sync::{Arc, Mutex, TryLockError};
+
+use arc_swap::Guard;
 
 use crate::error::PageError;
-use crate::format::page::{OVERHEAD, PageContext};
-use crate::page::cipher::{PageCipher, check_payload, seal_page, session_of, split_sealed};
+use crate::format::page::{OVERHEAD, PageContext, Trailer};
+use crate::keys::keyring::OpenKeys;
+use crate::page::cipher::{CipherInner, PageCipher, check_payload, or_zeros, seal_page, split_sealed};
 use crate::page::pool::Pool;
 use crate::page::session::{Leased, Nonces, Session, units};
 use crate::secret::scoped;
@@ -70,11 +73,19 @@ impl<'a> PageJob<'a> {
         Ok(())
     }
 
-    fn open(&mut self, cipher: &PageCipher) -> Result<(), PageError> {
-        match self.src {
-            Some(src) => cipher.open_into(&self.context, src, self.dst),
-            None => cipher.open_in_place(&self.context, self.dst),
-        }
+    fn open(&mut self, cipher: &CipherInner, keys: &OpenKeys) -> Result<(), PageError> {
+        or_zeros(self.dst, |dst| {
+            if let Some(src) = self.src {
+                let (payload, trailer) = src.split_last_chunk().ok_or(PageError::Length)?;
+                if payload.len() != dst.len() {
+                    return Err(PageError::Length);
+                }
+                dst.copy_from_slice(payload);
+                return cipher.open_within(Some(keys), &self.context, dst, &Trailer(*trailer));
+            }
+            let (payload, trailer) = split_sealed(dst)?;
+            cipher.open_within(Some(keys), &self.context, payload, &Trailer(*trailer))
+        })
     }
 
     /// Ends a sealing. What a source-to-destination job wrote must not be taken for a page, nor be left as plaintext; an
@@ -105,13 +116,19 @@ impl PageCipher {
     /// Seals every job, on `pool` and the calling thread, and returns how many failed; each job has its own result.
     ///
     /// A batch takes one range of the session's counter, and its threads draw fresh bits for 16 pages at a time, after
-    /// those pages' sources were read. If the pool panics, so does this; jobs that were not reached say
+    /// those pages' sources were read. It ends whole if the cluster is disabled meanwhile. If the pool panics, so does this; jobs that were not reached say
     /// [`PageError::NotRun`].
     #[must_use = "a job that failed was not sealed: its page may still be plaintext"]
     pub fn seal_batch(&self, pool: &dyn Pool, jobs: &mut [PageJob<'_>]) -> usize {
+        self.seal_batch_within(&mut Begun::default(), pool, jobs)
+    }
+
+    /// As [`PageCipher::seal_batch`], as a part of the call that `begun` stands for.
+    #[must_use = "a job that failed was not sealed: its page may still be plaintext"]
+    pub(crate) fn seal_batch_within(&self, begun: &mut Begun, pool: &dyn Pool, jobs: &mut [PageJob<'_>]) -> usize {
         jobs.iter_mut().for_each(|job| job.result = Err(PageError::NotRun));
         for range in jobs.chunks_mut(MAX_RANGE) {
-            if let Err(error) = self.seal_range(pool, range).and_then(|()| self.0.check_fork()) {
+            if let Err(error) = self.seal_range(begun, pool, range).and_then(|()| self.0.check_fork()) {
                 range.iter_mut().for_each(|job| job.end_sealing(Err(error)));
             }
         }
@@ -122,10 +139,10 @@ impl PageCipher {
     #[must_use = "a job that failed was not opened"]
     pub fn open_batch(&self, pool: &dyn Pool, jobs: &mut [PageJob<'_>]) -> usize {
         jobs.iter_mut().for_each(|job| job.result = Err(PageError::NotRun));
-        let opened = self.0.check_fork().and_then(|()| {
+        let opened = self.0.enter().and_then(|keys| {
             let alive = || self.0.check_fork().is_ok();
             share_out(pool, jobs, average_len(jobs), NoTokens, &alive, &|NoTokens, chunk| {
-                chunk.iter_mut().for_each(|job| job.result = job.open(self));
+                chunk.iter_mut().for_each(|job| job.result = job.open(&self.0, &keys));
             });
             self.0.check_fork()
         });
@@ -135,13 +152,12 @@ impl PageCipher {
         count_failed(jobs)
     }
 
-    fn seal_range(&self, pool: &dyn Pool, jobs: &mut [PageJob<'_>]) -> Result<(), PageError> {
+    fn seal_range(&self, begun: &mut Begun, pool: &dyn Pool, jobs: &mut [PageJob<'_>]) -> Result<(), PageError> {
         // Before the pool: its threads do not exist in a forked child.
         self.0.check_fork()?;
         let pages = u32::try_from(jobs.len()).expect("a range has at most MAX_RANGE pages");
         let units = jobs.iter().map(|job| units(job.dst.len().saturating_sub(OVERHEAD))).sum();
-        let (session, leased) = self.0.lease(pages, units)?;
-        let session = session_of(&session)?;
+        let (session, leased) = begun.lease(&self.0, pages, units)?;
         let alive = || self.0.check_fork().is_ok();
         share_out(pool, jobs, average_len(jobs), leased, &alive, &|mut leased: Leased, chunk: &mut [PageJob<'_>]| {
             for draw in chunk.chunks_mut(MAX_DRAW) {
@@ -174,6 +190,29 @@ impl PageCipher {
                 Err(_) => Err(PageError::Randomness),
             };
         }
+    }
+}
+
+/// A call of several ranges, of one batch or more, that has begun: it ends whole, whatever is closed meanwhile. It seals
+/// under the session that there is, and once there is none, under the last one that it saw.
+#[derive(Default)]
+pub(crate) struct Begun(Option<Arc<Session>>);
+
+impl Begun {
+    fn lease(&mut self, cipher: &CipherInner, pages: u32, units: u64) -> Result<(&Session, Leased), PageError> {
+        let leased = match cipher.lease(pages, units) {
+            Ok((session, leased)) => {
+                self.0 = Guard::into_inner(session);
+                Some(leased)
+            }
+            Err(error @ (PageError::Disabled | PageError::Dropped)) => {
+                let last = self.0.as_deref().ok_or(error)?;
+                Some(cipher.lease_of(last, pages, units).ok_or(error)?)
+            }
+            Err(error) => return Err(error),
+        };
+        // `None` cannot be: a lease comes with its session.
+        self.0.as_deref().zip(leased).ok_or(PageError::Forked)
     }
 }
 
@@ -235,13 +274,14 @@ pub(crate) fn share_out<J: Send, T: Tokens>(
     let queue = Mutex::new(Queue { jobs, tokens });
     let task = |_| {
         scoped(|| {
+            let mut waited = 0;
             loop {
                 // Never waits for the lock, which in a process cloned meanwhile a thread may hold that does not exist.
                 let taken = match queue.try_lock() {
                     Ok(mut queue) => queue.take(threads, least),
                     Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner().take(threads, least),
                     Err(TryLockError::WouldBlock) if alive() => {
-                        std::hint::spin_loop();
+                        wait_a_moment(&mut waited);
                         continue;
                     }
                     Err(TryLockError::WouldBlock) => break,
@@ -253,6 +293,17 @@ pub(crate) fn share_out<J: Send, T: Tokens>(
     };
     pool.run(threads, &task);
     task(0);
+}
+
+/// For a lock that is held for nanoseconds, unless its holder was put to sleep: then it must be let run.
+fn wait_a_moment(waited: &mut u32) {
+    const SPINS: u32 = 64;
+    if *waited < SPINS {
+        *waited += 1;
+        std::hint::spin_loop();
+    } else {
+        std::thread::yield_now();
+    }
 }
 
 /// The average length of the sealed pages: how much work a job is.

@@ -1,18 +1,19 @@
 //! [`PageCipher`]: seals and opens one page.
 
-use std::fs::File;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use arc_swap::{ArcSwapOption, Guard};
 
 use crate::aead::{AeadKey, AesBackend};
 use crate::env::{Entropy, Env};
-use crate::error::PageError;
+#[cfg(any(doc, test))]
+use crate::error::ErrorKind;
+use crate::error::{PageError, Result};
 use crate::format::derive::Label;
 use crate::format::page::{AAD_LEN, MAX_PAYLOAD, NONCE_LEN, OVERHEAD, PageContext, SALT_LEN, SubkeyName, Trailer};
 use crate::ids::{DatabaseId, Generation};
-use crate::keys::keyring::{DataKey, Keyring};
+use crate::keys::keyring::{Closed, Closing, Current, DataKey, Hold, Keyring, LiveKey, OpenKeys};
 use crate::page::session::{Counter, Leased, MAX_SEALS, MAX_UNITS, Session, units};
 use crate::page::subkeys::{Subkey, SubkeyCache};
 use crate::secret::{Forked, Locked};
@@ -21,6 +22,9 @@ use crate::secret::{Forked, Locked};
 ///
 /// A handle: cloning it is cheap, and clones share their session. All methods take `&self` and may be called from any
 /// number of threads. A sealed page is its payload's length plus [`OVERHEAD`], whatever the suite.
+///
+/// While the cluster is disabled every call fails with [`PageError::Disabled`]; calls that were running ended whole. The
+/// same handle works again once the cluster does.
 ///
 /// ```
 /// # use pageseal::{Cluster, ClusterOptions, LocalKeyFile, Wrappers, FileId, PageContext, OVERHEAD};
@@ -57,8 +61,15 @@ pub(crate) struct CipherInner {
     /// How often the cluster was told that its machine was resumed.
     resumes: Arc<AtomicU64>,
     env: Env,
-    /// Keeps the cluster locked as long as anybody can seal with its keys.
-    _lock: Option<Arc<File>>,
+    source: Option<Weak<dyn GenerationSource>>,
+}
+
+/// Who may know generations that the keyring does not know yet, because another process made them.
+pub(crate) trait GenerationSource: Send + Sync {
+    /// Looks for them; true if the keyring may know this one now. Called for any page that names one, also a forged page:
+    /// the implementor limits how often it really looks. It must not wait for a [`Closing`]: the caller may be in a batch
+    /// that holds the keys.
+    fn look_for(&self, database: DatabaseId, generation: Generation) -> bool;
 }
 
 impl PageCipher {
@@ -68,11 +79,11 @@ impl PageCipher {
         subkeys: Arc<SubkeyCache>,
         resumes: Arc<AtomicU64>,
         env: Env,
-        lock: Option<Arc<File>>,
+        source: Option<Weak<dyn GenerationSource>>,
     ) -> Self {
         let session = ArcSwapOption::empty();
         let opening = Mutex::new(());
-        Self(Arc::new(CipherInner { keyring, backend, session, opening, subkeys, resumes, env, _lock: lock }))
+        Self(Arc::new(CipherInner { keyring, backend, session, opening, subkeys, resumes, env, source }))
     }
 
     /// Seals `src` into `dst`, which must be [`OVERHEAD`] bytes longer.
@@ -152,7 +163,7 @@ impl PageCipher {
 
     /// The generation that new seals use.
     pub fn generation(&self) -> Generation {
-        self.0.keyring.current().generation
+        self.0.keyring.newest()
     }
 
     /// The database whose pages this seals.
@@ -160,12 +171,17 @@ impl PageCipher {
         self.0.keyring.database
     }
 
-    pub(crate) fn current_key(&self) -> Arc<DataKey> {
+    /// # Errors
+    /// [`PageError::Forked`]; [`PageError::Disabled`] or [`PageError::Dropped`] while the gate is closed.
+    pub(crate) fn current_key(&self) -> Result<Current, PageError> {
+        self.0.check_fork()?;
         self.0.keyring.current()
     }
 
-    pub(crate) fn find_key(&self, generation: Generation) -> Option<Arc<DataKey>> {
-        self.0.keyring.find(generation)
+    /// # Errors
+    /// As [`PageCipher::current_key`]; [`PageError::UnknownGeneration`].
+    pub(crate) fn find_key(&self, generation: Generation) -> Result<Arc<LiveKey>, PageError> {
+        self.0.find_key(None, generation)
     }
 
     #[cfg(feature = "test-util")]
@@ -193,10 +209,10 @@ impl CipherInner {
             return Err(PageError::Length);
         }
         loop {
+            // No look at the gate: whoever closes it ends the session.
             let current = self.session.load();
             if let Some(session) = &*current
-                && session.resumes == self.resumes.load(Ordering::Relaxed)
-                && let Some(leased) = session.counter.lease(pages, units)
+                && let Some(leased) = self.lease_of(session, pages, units)
             {
                 return Ok((current, leased));
             }
@@ -204,36 +220,51 @@ impl CipherInner {
         }
     }
 
+    /// A range of this session; `None` when it is used up, or older than the last resume.
+    #[inline]
+    pub(crate) fn lease_of(&self, session: &Session, pages: u32, units: u64) -> Option<Leased> {
+        let resumed = session.resumes != self.resumes.load(Ordering::Relaxed);
+        if resumed { None } else { session.counter.lease(pages, units) }
+    }
+
     /// Replaces `seen` by a new session, unless another thread did so already.
     #[cold]
     fn open_session(&self, seen: Option<&Arc<Session>>) -> Result<(), PageError> {
         // Before the lock: in a forked child it may be held by a thread that does not exist there.
-        let data_key = self.keyring.current();
-        data_key.key.check()?;
+        self.check_fork()?;
+        // What it replaces is dropped after the lock: with it may go the last of a hold.
+        self.replace_session(seen).map(drop)
+    }
+
+    fn replace_session(&self, seen: Option<&Arc<Session>>) -> Result<Option<Arc<Session>>, PageError> {
         let _opening = self.opening.lock().unwrap_or_else(PoisonError::into_inner);
-        let now = self.session.load();
-        if now.as_ref().map(Arc::as_ptr) != seen.map(Arc::as_ptr) {
-            return Ok(());
+        if self.session.load().as_ref().map(Arc::as_ptr) != seen.map(Arc::as_ptr) {
+            return Ok(None);
         }
+        // Under the lock, which whoever changes the keyring takes afterwards: no session of an older key appears then.
+        let Current { hold, key } = self.keyring.current()?;
         // Read before the salt is drawn: a resume in between makes this session stale at once.
         let resumes = self.resumes.load(Ordering::Relaxed);
         let salt = self.env.random().map_err(|_| PageError::Randomness)?;
-        let name = SubkeyName::new(&salt, data_key.generation, data_key.suite);
-        let subkey = self.make_subkey(&data_key, name)?;
+        let name = SubkeyName::new(&salt, key.generation, key.suite);
+        let subkey = self.make_subkey(&key, name)?;
         self.subkeys.insert(Arc::clone(&subkey));
-        self.session.store(Some(Arc::new(Session { subkey, counter: Counter::new(), resumes })));
-        Ok(())
+        let session = Session { hold, subkey, counter: Counter::new(), resumes };
+        Ok(self.session.swap(Some(Arc::new(session))))
     }
 
     /// Derives a subkey. Where locked memory is short, cached subkeys make room.
-    fn make_subkey(&self, data_key: &DataKey, name: SubkeyName) -> Result<Arc<Subkey>, PageError> {
+    fn make_subkey(&self, data_key: &Arc<LiveKey>, name: SubkeyName) -> Result<Arc<Subkey>, PageError> {
         let salt: [u8; SALT_LEN] = name.salt();
         loop {
             if Locked::<AeadKey>::would_use_reserve() && self.subkeys.shrink() {
                 continue;
             }
             match data_key.derive(Label::Page, &salt, self.backend) {
-                Ok(key) => return Ok(Arc::new(Subkey { owner: self.keyring.owner, name, salt, key })),
+                Ok(key) => {
+                    let parent = Arc::clone(data_key);
+                    return Ok(Arc::new(Subkey { owner: self.keyring.owner, name, salt, key, parent }));
+                }
                 Err(PageError::LockedMemory) if self.subkeys.shrink() => {}
                 Err(error) => return Err(error),
             }
@@ -243,38 +274,75 @@ impl CipherInner {
     /// Opens one page in place. After an error the payload holds anything: the callers zero it.
     #[inline]
     pub(crate) fn open(&self, context: &PageContext, payload: &mut [u8], trailer: &Trailer) -> Result<(), PageError> {
+        self.open_within(None, context, payload, trailer)
+    }
+
+    /// As [`CipherInner::open`], in a call that was let in with `keys`, and ends whole.
+    #[inline]
+    pub(crate) fn open_within(
+        &self,
+        keys: Option<&OpenKeys>,
+        context: &PageContext,
+        payload: &mut [u8],
+        trailer: &Trailer,
+    ) -> Result<(), PageError> {
         check_payload(payload.len())?;
         let name = trailer.subkey_name();
         let aad = context.associated_data();
+        // No look at the gate: whoever closes it lets go of the subkeys.
         if let Some(found) = self.subkeys.find(self.keyring.owner, &name)
             && let Some(subkey) = &*found
         {
             return open_page(subkey, &aad, payload, trailer);
         }
-        self.open_uncached(&name, &aad, payload, trailer)
+        self.open_uncached(keys, &name, &aad, payload, trailer)
     }
 
     #[cold]
     fn open_uncached(
         &self,
+        keys: Option<&OpenKeys>,
         name: &SubkeyName,
         aad: &[u8; AAD_LEN],
         payload: &mut [u8],
         trailer: &Trailer,
     ) -> Result<(), PageError> {
+        if keys.is_none() {
+            self.check_open()?;
+        }
         let generation = name.generation().ok_or(PageError::Authentication)?;
-        let data_key = self.keyring.find(generation).ok_or(PageError::UnknownGeneration(generation))?;
+        // Before the cache's lock: see `open_session`.
+        let data_key = self.find_key(keys, generation)?;
         if name.suite() != Some(data_key.suite) {
             return Err(PageError::Authentication);
         }
-        // Before the cache's lock: see `open_session`.
-        data_key.key.check()?;
         let make = || match &*self.session.load() {
             // The cache let go of the running session's subkey; there must not be a second one.
             Some(session) if session.subkey.name == *name => Ok(Arc::clone(&session.subkey)),
             _ => self.make_subkey(&data_key, *name),
         };
-        self.subkeys.find_or_make(self.keyring.owner, name, make, |subkey| open_page(subkey, aad, payload, trailer))
+        let may_keep = |subkey: &Subkey| self.keyring.holds(&subkey.parent);
+        let open = |subkey: &Subkey| open_page(subkey, aad, payload, trailer);
+        self.subkeys.find_or_make(self.keyring.owner, name, make, may_keep, open)
+    }
+
+    /// The key of a generation: among `keys`, else in the keyring, else wherever the source finds it. Call it with no lock.
+    fn find_key(&self, keys: Option<&OpenKeys>, generation: Generation) -> Result<Arc<LiveKey>, PageError> {
+        // First, for the source too: it may take locks.
+        self.check_fork()?;
+        if let Some(key) = keys.and_then(|keys| keys.find(generation)) {
+            return Ok(key);
+        }
+        if let Some(key) = self.keyring.find(generation)? {
+            return Ok(key);
+        }
+        let source = self.source.as_ref().and_then(Weak::upgrade);
+        if source.is_some_and(|source| source.look_for(self.keyring.database, generation))
+            && let Some(key) = self.keyring.find(generation)?
+        {
+            return Ok(key);
+        }
+        Err(PageError::UnknownGeneration(generation))
     }
 
     pub(crate) fn entropy(&self) -> &dyn Entropy {
@@ -283,7 +351,106 @@ impl CipherInner {
 
     /// Fails in a forked child. The batches ask before they hand work to a pool whose threads do not exist there.
     pub(crate) fn check_fork(&self) -> Result<(), PageError> {
-        Ok(self.keyring.current().key.check()?)
+        Ok(self.keyring.check_fork()?)
+    }
+
+    /// Lets a call of many pages in: with what this returns it ends whole, whatever is closed meanwhile.
+    ///
+    /// # Errors
+    /// [`PageError::Forked`]; [`PageError::Disabled`] or [`PageError::Dropped`] while the gate is closed.
+    pub(crate) fn enter(&self) -> Result<Arc<OpenKeys>, PageError> {
+        self.check_fork()?;
+        self.keyring.enter()
+    }
+
+    /// # Errors
+    /// As [`CipherInner::enter`].
+    pub(crate) fn check_open(&self) -> Result<(), PageError> {
+        self.enter().map(drop)
+    }
+}
+
+/// The gate of all handles, and the changes of what is behind it. In each the keyring comes first, and what was made of its
+/// keys afterwards: who still makes something looks at the keyring under the lock that is taken here to remove it.
+#[allow(dead_code)] // used by the cluster: disabling, dropping, recovering, rotating, catching up
+impl CipherInner {
+    /// Refuses every new operation of every handle, and lets go of all keys. When this returns, no operation that begins
+    /// succeeds; those in flight end whole, and [`Closing::wait`] waits for them.
+    pub(crate) fn close(&self, why: Closed) -> Closing {
+        if self.check_fork().is_err() {
+            return Closing::nothing();
+        }
+        let closing = self.keyring.close(why);
+        self.follow_keyring();
+        closing
+    }
+
+    /// Opens the gate for the same handles, with all data keys in ascending order of generation; `hold` is kept as long as
+    /// anybody may seal under the last. Where it is open already, this is [`CipherInner::replace`].
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] after [`Closed::Dropped`]; [`ErrorKind::Damaged`] unless the keys are in order;
+    /// [`ErrorKind::Forked`].
+    pub(crate) fn open_with(&self, keys: Vec<DataKey>, hold: Option<Hold>) -> Result<()> {
+        self.check_fork()?;
+        self.keyring.open_with(keys, hold)?;
+        self.follow_keyring();
+        Ok(())
+    }
+
+    /// Takes over the generations that there are now, as other processes made and destroyed them. Those that stay keep
+    /// their keys.
+    ///
+    /// # Errors
+    /// As [`CipherInner::open_with`]; [`ErrorKind::Closed`] while the gate is closed.
+    pub(crate) fn replace(&self, keys: Vec<DataKey>, hold: Option<Hold>) -> Result<()> {
+        self.check_fork()?;
+        self.keyring.replace(keys, hold)?;
+        self.follow_keyring();
+        Ok(())
+    }
+
+    /// Rotates: seals that begin after this returned use `key`. What the older generation holds goes when the last seal
+    /// under it has ended.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] unless it is newer than the newest; [`ErrorKind::Closed`], [`ErrorKind::NotFound`] while the
+    /// gate is closed; [`ErrorKind::Forked`].
+    pub(crate) fn add_generation(&self, key: DataKey, hold: Option<Hold>) -> Result<()> {
+        self.check_fork()?;
+        self.keyring.add(key, hold)?;
+        self.end_session_of_another_key();
+        Ok(())
+    }
+
+    /// Lets go of an older generation's key; pages that name it do not open any more.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] for the newest; else as [`CipherInner::add_generation`].
+    pub(crate) fn forget_generation(&self, generation: Generation) -> Result<Closing> {
+        self.check_fork()?;
+        let closing = self.keyring.remove(generation)?;
+        self.follow_keyring();
+        Ok(closing)
+    }
+
+    /// Lets go of what was made of keys that have left the keyring.
+    fn follow_keyring(&self) {
+        self.end_session_of_another_key();
+        self.subkeys.forget_if(self.keyring.owner, |subkey| !self.keyring.holds(&subkey.parent));
+    }
+
+    /// Ends the session, unless it is one of the key that new seals use.
+    fn end_session_of_another_key(&self) {
+        // Dropped after the lock: with it may go the last of a hold.
+        let _ended = {
+            let _opening = self.opening.lock().unwrap_or_else(PoisonError::into_inner);
+            let current = self.keyring.current().ok();
+            match (&*self.session.load(), current) {
+                (Some(session), Some(current)) if Arc::ptr_eq(&session.subkey.parent, &current.key) => None,
+                _ => self.session.swap(None),
+            }
+        };
     }
 }
 
@@ -343,4 +510,212 @@ pub(crate) fn or_zeros(buffer: &mut [u8], f: impl FnOnce(&mut [u8]) -> Result<()
         buffer.fill(0);
     }
     outcome
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::page::Suite;
+    use crate::ids::{FileId, SealId};
+    use crate::secret::SecretKey;
+    use std::sync::OnceLock;
+    use std::sync::atomic::AtomicBool;
+    use std::time::Duration;
+
+    const PATIENCE: Duration = Duration::from_secs(10);
+
+    fn generation(number: u32) -> Generation {
+        Generation::new(number).unwrap()
+    }
+
+    fn data_key(number: u32) -> DataKey {
+        let key = SecretKey::fill_with(|out| {
+            out.fill(number as u8);
+            Ok::<(), PageError>(())
+        });
+        let (suite, seal) = (Suite::Aes256Gcm, SealId::from_bytes([number as u8; 16]));
+        DataKey { generation: generation(number), suite, seal, key: key.unwrap() }
+    }
+
+    fn data_keys(numbers: std::ops::RangeInclusive<u32>) -> Vec<DataKey> {
+        numbers.map(data_key).collect()
+    }
+
+    fn cipher(hold: Option<Hold>, source: Option<Weak<dyn GenerationSource>>) -> PageCipher {
+        let keyring = Keyring::new(DatabaseId::from_bytes([0xdb; 16]), data_keys(1..=1), hold).unwrap();
+        let subkeys = Arc::new(SubkeyCache::new(64));
+        PageCipher::new(keyring, AesBackend::Ring, subkeys, Arc::default(), Env::system(), source)
+    }
+
+    fn at(page: u64) -> PageContext {
+        PageContext::page(FileId::new(1), page)
+    }
+
+    fn seal(cipher: &PageCipher) -> Result<Vec<u8>, PageError> {
+        let mut page = vec![7; 64 + OVERHEAD];
+        cipher.seal_in_place(&at(1), &mut page).map(|()| page)
+    }
+
+    fn open(cipher: &PageCipher, page: &[u8]) -> Result<(), PageError> {
+        cipher.open_into(&at(1), page, &mut [0; 64])
+    }
+
+    fn generation_of(page: &[u8]) -> u32 {
+        Trailer(*page.last_chunk().unwrap()).generation().unwrap().get()
+    }
+
+    #[test]
+    fn a_cache_that_lost_the_running_subkey_gets_it_back_and_no_second_one() {
+        let cipher = cipher(None, None);
+        let page = seal(&cipher).unwrap();
+        let session = cipher.0.session.load_full().unwrap();
+        while cipher.0.subkeys.shrink() {}
+        assert_eq!(cipher.0.subkeys.len(), 0);
+        assert_eq!(open(&cipher, &page), Ok(()));
+        let found = cipher.0.subkeys.find(cipher.0.keyring.owner, &session.subkey.name).unwrap();
+        assert!(Arc::ptr_eq(found.as_ref().unwrap(), &session.subkey), "a second copy of the subkey lives");
+    }
+
+    #[test]
+    fn closing_waits_for_a_seal_in_flight_which_ends_whole_under_what_was_held() {
+        let held: Hold = Arc::new(());
+        let holding = Arc::downgrade(&held);
+        let cipher = cipher(Some(held), None);
+        let (session, leased) = cipher.0.lease(1, 1).unwrap();
+        let closing = cipher.0.close(Closed::Disabled);
+        assert!(!closing.wait(Duration::from_millis(5)), "keys are wiped under a seal in flight");
+        assert!(holding.strong_count() > 0, "the lock went before the seal");
+        let nonces = leased.draw(cipher.0.entropy()).unwrap();
+        let mut page = vec![7; 64 + OVERHEAD];
+        let (payload, trailer) = split_sealed(&mut page).unwrap();
+        let subkey = &session_of(&session).unwrap().subkey;
+        trailer.copy_from_slice(&seal_page(subkey, nonces.nonce(0), &at(1).associated_data(), payload).unwrap().0);
+        drop(session);
+        assert!(closing.wait(PATIENCE));
+        assert_eq!(holding.strong_count(), 0);
+        assert_eq!(open(&cipher, &page), Err(PageError::Disabled));
+        cipher.0.open_with(data_keys(1..=1), None).unwrap();
+        assert_eq!(open(&cipher, &page), Ok(()));
+    }
+
+    #[test]
+    fn a_call_that_was_let_in_opens_pages_after_the_closing_and_leaves_no_subkey() {
+        let cipher = cipher(None, None);
+        let page = seal(&cipher).unwrap();
+        let keys = cipher.0.enter().unwrap();
+        let closing = cipher.0.close(Closed::Disabled);
+        let (mut payload, trailer) = (page[..64].to_vec(), Trailer(*page.last_chunk().unwrap()));
+        assert_eq!(cipher.0.open_within(Some(&keys), &at(1), &mut payload, &trailer), Ok(()));
+        assert_eq!(payload, [7; 64]);
+        assert_eq!(cipher.0.subkeys.len(), 0, "a subkey outlives the closing");
+        assert!(!closing.wait(Duration::ZERO));
+        drop(keys);
+        assert!(closing.wait(PATIENCE));
+    }
+
+    #[test]
+    fn a_page_that_is_opened_while_the_gate_closes_leaves_no_subkey() {
+        let cipher = cipher(None, None);
+        let page = seal(&cipher).unwrap();
+        let trailer = Trailer(*page.last_chunk().unwrap());
+        let name = trailer.subkey_name();
+        while cipher.0.subkeys.shrink() {}
+        let data_key = cipher.0.find_key(None, generation(1)).unwrap();
+        let subkey = cipher.0.make_subkey(&data_key, name).unwrap();
+        // The filler holds the set's lock while the gate closes on another thread.
+        std::thread::scope(|scope| {
+            let (mut closer, inner) = (None, &cipher.0);
+            let may_keep = |subkey: &Subkey| inner.keyring.holds(&subkey.parent);
+            let kept = inner.subkeys.find_or_make(
+                inner.keyring.owner,
+                &name,
+                || Ok(subkey),
+                may_keep,
+                |_| {
+                    closer = Some(scope.spawn(|| inner.close(Closed::Disabled)));
+                    while inner.check_open().is_ok() {
+                        std::thread::yield_now();
+                    }
+                    Ok(())
+                },
+            );
+            assert_eq!(kept, Ok(()));
+            drop(data_key);
+            assert!(closer.unwrap().join().unwrap().wait(PATIENCE), "a subkey was cached after the gate was closed");
+        });
+        assert_eq!(cipher.0.subkeys.len(), 0);
+    }
+
+    #[test]
+    fn rotating_ends_the_session_and_gives_up_the_older_lock_with_the_last_seal_under_it() {
+        let (first, second): (Hold, Hold) = (Arc::new(()), Arc::new(()));
+        let holding = Arc::downgrade(&first);
+        let cipher = cipher(Some(first), None);
+        let (in_flight, _) = cipher.0.lease(1, 1).unwrap();
+        cipher.0.add_generation(data_key(2), Some(second)).unwrap();
+        assert_eq!(generation_of(&seal(&cipher).unwrap()), 2);
+        assert_eq!(holding.strong_count(), 1);
+        drop(in_flight);
+        assert_eq!(holding.strong_count(), 0, "the older generation's lock is kept without need");
+        assert!(cipher.0.add_generation(data_key(2), None).is_err());
+        assert!(cipher.0.forget_generation(generation(2)).is_err());
+    }
+
+    #[test]
+    fn catching_up_keeps_the_keys_and_the_session_that_stay() {
+        let cipher = cipher(None, None);
+        let first = seal(&cipher).unwrap();
+        let (key, session) = (cipher.find_key(generation(1)).unwrap(), cipher.0.session.load_full().unwrap());
+        cipher.0.replace(data_keys(1..=1), None).unwrap();
+        assert!(Arc::ptr_eq(&key, &cipher.find_key(generation(1)).unwrap()), "a second copy of the key lives");
+        assert!(Arc::ptr_eq(&session, &cipher.0.session.load_full().unwrap()), "the session ended without need");
+        cipher.0.replace(data_keys(1..=2), None).unwrap();
+        assert!(Arc::ptr_eq(&key, &cipher.find_key(generation(1)).unwrap()));
+        assert_eq!((generation_of(&seal(&cipher).unwrap()), cipher.generation()), (2, generation(2)));
+        assert_eq!(open(&cipher, &first), Ok(()));
+        cipher.0.replace(data_keys(2..=2), None).unwrap();
+        assert_eq!(open(&cipher, &first), Err(PageError::UnknownGeneration(generation(1))));
+        assert_eq!(Arc::strong_count(&key), 2, "more than this test and its session hold a key that is gone");
+    }
+
+    #[test]
+    fn a_closed_gate_refuses_changes_and_a_dropped_database_stays_dropped() {
+        let cipher = cipher(None, None);
+        assert!(cipher.0.close(Closed::Disabled).wait(PATIENCE));
+        let kind = |outcome: Result<(), crate::Error>| outcome.unwrap_err().kind();
+        assert_eq!(kind(cipher.0.replace(data_keys(1..=2), None)), ErrorKind::Closed);
+        assert_eq!(kind(cipher.0.add_generation(data_key(2), None)), ErrorKind::Closed);
+        assert_eq!(kind(cipher.0.forget_generation(generation(1)).map(drop)), ErrorKind::Closed);
+        assert_eq!(cipher.generation(), generation(1));
+        assert!(cipher.0.close(Closed::Dropped).wait(PATIENCE));
+        assert!(cipher.0.close(Closed::Disabled).wait(PATIENCE));
+        assert_eq!(seal(&cipher), Err(PageError::Dropped));
+        assert_eq!(kind(cipher.0.open_with(data_keys(1..=1), None)), ErrorKind::NotFound);
+        assert_eq!(seal(&cipher), Err(PageError::Dropped));
+    }
+
+    #[test]
+    fn a_generation_that_another_process_made_is_looked_for_once_it_is_named() {
+        struct OtherProcess(OnceLock<PageCipher>, AtomicBool);
+        impl GenerationSource for OtherProcess {
+            fn look_for(&self, _: DatabaseId, generation: Generation) -> bool {
+                self.1.store(true, Ordering::Relaxed);
+                generation.get() == 2 && self.0.get().unwrap().0.replace(data_keys(1..=2), None).is_ok()
+            }
+        }
+        let source = Arc::new(OtherProcess(OnceLock::new(), AtomicBool::new(false)));
+        let weak: Weak<OtherProcess> = Arc::downgrade(&source);
+        let here = cipher(None, Some(weak));
+        source.0.set(here.clone()).unwrap();
+        let there = cipher(None, None);
+        let old = seal(&there).unwrap();
+        there.0.add_generation(data_key(2), None).unwrap();
+        let new = seal(&there).unwrap();
+        there.0.add_generation(data_key(3), None).unwrap();
+        let unknown = seal(&there).unwrap();
+        assert_eq!(open(&here, &old), Ok(()));
+        assert!(!source.1.load(Ordering::Relaxed), "a generation that is known was looked for");
+        assert_eq!(open(&here, &new), Ok(()));
+        assert_eq!(open(&here, &unknown), Err(PageError::UnknownGeneration(generation(3))));
+    }
 }

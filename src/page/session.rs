@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::env::{Entropy, NoRandomness};
 use crate::format::page::NONCE_LEN;
+use crate::keys::keyring::Hold;
 use crate::page::subkeys::Subkey;
 
 /// A session ends after 2^28 seals: with 64-bit fresh bits unused, 2^28 pages of 4 KiB are 2^36 blocks under one subkey,
@@ -29,6 +30,11 @@ const _: () = assert!(MAX_UNITS <= u32::MAX as u64);
 const _: () = assert!(MAX_SEALS <= u32::MAX as u64);
 
 pub(crate) struct Session {
+    /// What must not be given up while anybody seals here. Declared before the subkey: see [`Closing`].
+    ///
+    /// [`Closing`]: crate::keys::keyring::Closing
+    #[allow(dead_code)] // only kept
+    pub(crate) hold: Option<Hold>,
     pub(crate) subkey: Arc<Subkey>,
     pub(crate) counter: Counter,
     /// How often the process had been told that its machine was resumed, when this session opened.

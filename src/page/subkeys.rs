@@ -11,6 +11,7 @@ use arc_swap::{ArcSwapOption, Guard};
 use crate::aead::AeadKey;
 use crate::error::PageError;
 use crate::format::page::{SALT_LEN, SubkeyName};
+use crate::keys::keyring::LiveKey;
 use crate::secret::Locked;
 
 const WAYS: usize = 8;
@@ -22,6 +23,8 @@ pub(crate) struct Subkey {
     pub(crate) name: SubkeyName,
     pub(crate) salt: [u8; SALT_LEN],
     pub(crate) key: Locked<AeadKey>,
+    /// What it was derived from. Declared after the key, so that a data key that is gone has no subkey left.
+    pub(crate) parent: Arc<LiveKey>,
 }
 
 /// Numbers the key rings of this process. Two handles never share one, even for copies of the same database, so a subkey
@@ -71,7 +74,8 @@ impl SubkeyCache {
     }
 
     /// Finds the subkey, or makes it with `make`, uses it with `open`, and keeps it if that succeeded: a subkey is cached
-    /// only after a page opened under it, so that forged pages cannot fill the cache.
+    /// only after a page opened under it, so that forged pages cannot fill the cache. And only if `may_keep`, which is
+    /// asked under the lock that [`SubkeyCache::forget_if`] takes: what it forgot does not come back.
     ///
     /// Takes a lock: the caller has checked that it is not in a forked child.
     pub(crate) fn find_or_make<R>(
@@ -79,6 +83,7 @@ impl SubkeyCache {
         owner: Owner,
         name: &SubkeyName,
         make: impl FnOnce() -> Result<Arc<Subkey>, PageError>,
+        may_keep: impl FnOnce(&Subkey) -> bool,
         open: impl FnOnce(&Subkey) -> Result<R, PageError>,
     ) -> Result<R, PageError> {
         let (set, tag) = self.place(name);
@@ -91,7 +96,9 @@ impl SubkeyCache {
         }
         let subkey = make()?;
         let opened = open(&subkey)?;
-        set.insert(tag, subkey, &mut hand);
+        if may_keep(&subkey) {
+            set.insert(tag, subkey, &mut hand);
+        }
         Ok(opened)
     }
 
@@ -112,13 +119,18 @@ impl SubkeyCache {
         })
     }
 
-    /// Lets go of every subkey of `owner`.
-    pub(crate) fn forget(&self, owner: Owner) {
-        for entry in self.sets.iter().flat_map(|set| &set.entries) {
-            if entry.load().as_ref().is_some_and(|subkey| subkey.owner == owner) {
-                entry.store(None);
-            }
+    /// Lets go of `which` subkeys of `owner`. Waits for those who fill the cache: the caller has checked that it is not in a
+    /// forked child, and has made sure that they find that they may keep none of these.
+    pub(crate) fn forget_if(&self, owner: Owner, which: impl Fn(&Subkey) -> bool) {
+        for set in &self.sets {
+            let _filling = set.filling.lock().unwrap_or_else(PoisonError::into_inner);
+            set.forget(|subkey| subkey.owner == owner && which(subkey));
         }
+    }
+
+    /// Lets go of every subkey of `owner`, who makes no more. Takes no lock: also in a forked child.
+    pub(crate) fn forget(&self, owner: Owner) {
+        self.sets.iter().for_each(|set| set.forget(|subkey| subkey.owner == owner));
     }
 
     #[cfg(test)]
@@ -160,6 +172,14 @@ impl Set {
         self.used[way].store(false, Ordering::Relaxed);
     }
 
+    fn forget(&self, which: impl Fn(&Subkey) -> bool) {
+        for entry in &self.entries {
+            if entry.load().as_deref().is_some_and(&which) {
+                entry.store(None);
+            }
+        }
+    }
+
     /// An empty way, or the next one that was not used since the hand last passed.
     fn victim(&self, hand: &mut usize) -> usize {
         if let Some(empty) = self.entries.iter().position(|entry| entry.load().is_none()) {
@@ -179,12 +199,17 @@ mod tests {
     use super::*;
     use crate::aead::AesBackend;
     use crate::format::page::Suite;
-    use crate::ids::Generation;
+    use crate::ids::{Generation, SealId};
+    use crate::keys::keyring::DataKey;
+    use crate::secret::SecretKey;
 
     fn subkey(owner: Owner, salt: [u8; 16]) -> Arc<Subkey> {
         let key = Locked::new_with(|| AeadKey::set_up(&[7; 32], Suite::Aes256Gcm, AesBackend::Ring)).unwrap();
         let name = SubkeyName::new(&salt, Generation::FIRST, Suite::Aes256Gcm);
-        Arc::new(Subkey { owner, name, salt, key })
+        let data_key = SecretKey::fill_with(|_| Ok::<(), PageError>(())).unwrap();
+        let (suite, seal) = (Suite::Aes256Gcm, SealId::from_bytes([0; 16]));
+        let parent = LiveKey::new(DataKey { generation: Generation::FIRST, suite, seal, key: data_key });
+        Arc::new(Subkey { owner, name, salt, key, parent })
     }
 
     /// A salt that looks random, as real ones are.
@@ -226,11 +251,16 @@ mod tests {
     fn a_subkey_is_kept_only_if_a_page_opened_under_it() {
         let (cache, owner) = (SubkeyCache::new(8), Owner::next());
         let one = subkey(owner, salt(0));
-        let refused =
-            cache.find_or_make(owner, &one.name, || Ok(Arc::clone(&one)), |_| Err::<(), _>(PageError::Authentication));
+        let refused = cache.find_or_make(
+            owner,
+            &one.name,
+            || Ok(Arc::clone(&one)),
+            |_| true,
+            |_| Err::<(), _>(PageError::Authentication),
+        );
         assert_eq!(refused, Err(PageError::Authentication));
         assert_eq!(cache.len(), 0);
-        let opened = cache.find_or_make(owner, &one.name, || Ok(Arc::clone(&one)), |_| Ok(()));
+        let opened = cache.find_or_make(owner, &one.name, || Ok(Arc::clone(&one)), |_| true, |_| Ok(()));
         assert_eq!(opened, Ok(()));
         assert_eq!(cache.len(), 1);
     }

@@ -250,6 +250,21 @@ impl ForkDetector {
     }
 }
 
+/// The process that made it, by the fork detector of its locked memory: for those who must still tell a forked child when
+/// they hold no key. Costs no memory of its own.
+pub(crate) struct ThisProcess(Arc<Arena>);
+
+impl ThisProcess {
+    pub(crate) fn mark() -> Result<Self, LockedMemoryError> {
+        Arena::of_this_process().map(Self)
+    }
+
+    #[inline]
+    pub(crate) fn check(&self) -> Result<(), Forked> {
+        if self.0.fork.forked() { Err(Forked) } else { Ok(()) }
+    }
+}
+
 /// An anonymous private mapping, zeroed by the kernel now and in every forked child.
 struct Mapping {
     start: NonNull<u8>,

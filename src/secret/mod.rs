@@ -10,7 +10,7 @@
 mod locked;
 mod wipe;
 
-pub(crate) use locked::{ForkDetector, Forked, Locked, LockedMemoryError};
+pub(crate) use locked::{ForkDetector, Forked, Locked, LockedMemoryError, ThisProcess};
 #[cfg(feature = "rustcrypto")]
 pub(crate) use wipe::scoped_to;
 pub(crate) use wipe::{scoped, scoped_call, scoped_deep, wipe_vector_registers};

@@ -9,7 +9,7 @@ use crate::error::ErrorKind;
 use crate::error::{Error, PageError, Result};
 use crate::format::file_header::HeaderBody;
 use crate::format::page::PageContext;
-use crate::page::batch::PageJob;
+use crate::page::batch::{Begun, PageJob};
 use crate::page::pool::Pool;
 use crate::storage::page_file::{PageFile, Writer};
 
@@ -36,8 +36,9 @@ impl<'a> Appender<'a> {
     /// number of the first. `payloads` is any number of pages of [`PageFile::payload_len`] bytes, one after the other.
     ///
     /// # Errors
-    /// [`ErrorKind::Invalid`] if it is not, with nothing written; else what sealing or writing failed with. After a failed
-    /// write the file takes no more until it is opened again.
+    /// [`ErrorKind::Invalid`] if it is not, [`ErrorKind::Closed`] while the cluster is disabled, with nothing appended and
+    /// the appender as it was; else what sealing or writing failed with. After a failed write the file takes no more until
+    /// it is opened again.
     pub fn write(&mut self, pool: &dyn Pool, payloads: &[u8]) -> Result<u64> {
         self.file.check_writer(&self.writer)?;
         let payload_len = self.file.payload_len();
@@ -46,8 +47,10 @@ impl<'a> Appender<'a> {
         }
         let first = self.next;
         let pages_a_chunk = (CHUNK / self.file.page_size()).max(1);
+        // One call, however many chunks: it ends whole if the cluster is disabled meanwhile.
+        let mut begun = Begun::default();
         for chunk in payloads.chunks(pages_a_chunk * payload_len) {
-            self.write_chunk(pool, chunk)?;
+            self.write_chunk(&mut begun, pool, chunk).inspect_err(|_| self.next = first)?;
         }
         Ok(first)
     }
@@ -55,15 +58,18 @@ impl<'a> Appender<'a> {
     /// Makes everything durable, publishes it, and returns how many pages the file has now.
     ///
     /// # Errors
-    /// [`ErrorKind::Io`]; whether the pages are there is then unknown until the file is opened again.
+    /// [`ErrorKind::Closed`] while the cluster is disabled: the file is as it was. [`ErrorKind::Io`]: whether the pages are
+    /// there is then unknown until the file is opened again.
     pub fn finish(mut self) -> Result<u64> {
         self.file.check_writer(&self.writer)?;
+        // Before the file is touched; with it, this ends whole.
+        let current = self.file.0.place.cipher.current_key()?;
         // Until all of it succeeded: a sync that failed must never be tried again, for the kernel forgets what it lost.
         self.writer.failed = true;
         self.file.sync("syncing the pages of")?;
         let keystore_sequence = self.file.0.place.keystore_sequence.load(Ordering::Acquire);
         let header = HeaderBody { written: self.next, keystore_sequence, ..self.writer.header };
-        self.writer.header = self.file.write_both_slots(header)?;
+        self.writer.header = self.file.write_both_slots(&current.key, header)?;
         if self.next > 0 {
             self.file.remap(self.next)?;
         }
@@ -72,7 +78,7 @@ impl<'a> Appender<'a> {
         Ok(self.next)
     }
 
-    fn write_chunk(&mut self, pool: &dyn Pool, payloads: &[u8]) -> Result<()> {
+    fn write_chunk(&mut self, begun: &mut Begun, pool: &dyn Pool, payloads: &[u8]) -> Result<()> {
         let (page_size, payload_len) = (self.file.page_size(), self.file.payload_len());
         let count = payloads.len() / payload_len;
         let too_large = || Error::invalid("the file would grow past what a file can hold");
@@ -84,7 +90,7 @@ impl<'a> Appender<'a> {
         let mut jobs: Vec<_> = pages
             .map(|((page, payload), sealed)| PageJob::between(PageContext::page(self.file.id(), page), payload, sealed))
             .collect();
-        if self.file.0.place.cipher.seal_batch(pool, &mut jobs) > 0 {
+        if self.file.0.place.cipher.seal_batch_within(begun, pool, &mut jobs) > 0 {
             let failed = jobs.iter().zip(self.next..).find_map(|(job, page)| Some((job.result().err()?, page)));
             let (error, page) = failed.unwrap_or((PageError::NotRun, self.next));
             return Err(self.file.page_error(error, page));

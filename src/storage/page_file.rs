@@ -15,6 +15,7 @@ use crate::error::{Error, ErrorKind, PageError, Result};
 use crate::format::file_header::{ClearHeader, HeaderBody, SLOT_LEN, SLOTS, check_page_size, page_offset};
 use crate::format::page::{OVERHEAD, PageContext, Trailer};
 use crate::ids::FileId;
+use crate::keys::keyring::{DataKey, OpenKeys};
 use crate::page::batch::{NoTokens, share_out};
 use crate::page::cipher::or_zeros;
 use crate::page::pool::Pool;
@@ -134,11 +135,13 @@ impl PageFile {
             file: place.file,
             slot: 0,
         };
-        let oldest_generation = place.cipher.generation();
+        let current = place.cipher.current_key()?;
+        let oldest_generation = current.key.generation;
         let keystore_sequence = place.keystore_sequence.load(Ordering::Acquire);
         let header = HeaderBody { sequence: 1, written: 0, oldest_generation, keystore_sequence };
         let first = HeaderBody { sequence: 0, ..header };
-        let slots = [place.seal_slot(&clear, &first)?, place.seal_slot(&ClearHeader { slot: 1, ..clear }, &header)?];
+        let seal = |slot, body| place.seal_slot(&current.key, &ClearHeader { slot, ..clear }, body);
+        let slots = [seal(0, &first)?, seal(1, &header)?];
         let io = |error| Error::io(format!("creating {}", path.display()), error);
         let file = write_new(&place.unregistered(), &slots.concat()).map_err(io)?;
         register()?;
@@ -147,6 +150,8 @@ impl PageFile {
     }
 
     pub(crate) fn open(place: Place) -> Result<Self> {
+        // Before anything is touched; and what has begun ends whole.
+        let current = place.cipher.current_key()?;
         let path = place.path();
         if !path.exists() && place.unregistered().exists() {
             let finished = publish(&place.unregistered(), &path);
@@ -168,7 +173,7 @@ impl PageFile {
         }
         // Always: after a sync that failed, the kernel shows a header that may not be on the disk, and nothing tells. Then
         // what is shown is durable, and both slots say the same, whatever a crash or damage left of one.
-        let header = page_file.write_both_slots(header)?;
+        let header = page_file.write_both_slots(&current.key, header)?;
         page_file.0.writer.lock().unwrap_or_else(PoisonError::into_inner).header = header;
         Ok(page_file)
     }
@@ -226,21 +231,22 @@ impl PageFile {
     /// Reads page `page` into `buf`, which must have [`PageFile::payload_len`] bytes.
     ///
     /// # Errors
-    /// [`ErrorKind::Authentication`] if the page is not what was written there; `buf` then holds zeros.
+    /// [`ErrorKind::Authentication`] if the page is not what was written there; [`ErrorKind::Closed`] while the cluster is
+    /// disabled; `buf` then holds zeros.
     pub fn read(&self, page: u64, buf: &mut [u8]) -> Result<Read> {
-        self.read_page(page, buf).map_err(|error| self.page_error(error, page))
+        self.read_page(None, page, buf).map_err(|error| self.page_error(error, page))
     }
 
     /// Reads every job, on `pool` and the calling thread, and returns how many failed; each job has its own result.
     #[must_use = "a job that failed holds no page"]
     pub fn read_many(&self, pool: &dyn Pool, jobs: &mut [ReadJob<'_>]) -> usize {
         jobs.iter_mut().for_each(|job| job.result = Err(PageError::NotRun));
-        let read = self.0.place.cipher.0.check_fork().and_then(|()| {
+        let read = self.0.place.cipher.0.enter().and_then(|keys| {
             self.populate(jobs);
             let alive = || self.0.place.cipher.0.check_fork().is_ok();
             share_out(pool, jobs, self.payload_len(), NoTokens, &alive, &|NoTokens, chunk: &mut [ReadJob<'_>]| {
                 for job in chunk {
-                    job.result = self.read_page(job.page, job.buf);
+                    job.result = self.read_page(Some(&keys), job.page, job.buf);
                 }
             });
             self.0.place.cipher.0.check_fork()
@@ -258,9 +264,9 @@ impl PageFile {
     ///
     /// # Errors
     /// [`ErrorKind::InUse`] while another writer exists; [`ErrorKind::Io`] after a failed write, until the file is opened
-    /// again.
+    /// again; [`ErrorKind::Closed`] while the cluster is disabled.
     pub fn append(&self) -> Result<Appender<'_>> {
-        self.0.place.cipher.0.check_fork()?;
+        self.0.place.cipher.0.check_open()?;
         let writer = match self.0.writer.try_lock() {
             Ok(writer) => writer,
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
@@ -284,10 +290,15 @@ impl PageFile {
         Err(Error::new(ErrorKind::Io, message))
     }
 
-    fn read_page(&self, page: u64, buf: &mut [u8]) -> Result<Read, PageError> {
+    /// `keys` if this is a part of a call that was let in, and ends whole.
+    fn read_page(&self, keys: Option<&OpenKeys>, page: u64, buf: &mut [u8]) -> Result<Read, PageError> {
+        let cipher = &self.0.place.cipher.0;
         if page >= self.pages() {
             buf.fill(0);
-            self.0.place.cipher.0.check_fork()?;
+            match keys {
+                Some(_) => cipher.check_fork()?,
+                None => cipher.check_open()?,
+            }
             return if buf.len() == self.payload_len() { Ok(Read::NeverWritten) } else { Err(PageError::Length) };
         }
         or_zeros(buf, |buf| {
@@ -304,7 +315,7 @@ impl PageFile {
             if !copied {
                 return Err(PageError::Authentication);
             }
-            self.0.place.cipher.open_detached(&PageContext::page(self.id(), page), buf, &Trailer(trailer))
+            cipher.open_within(keys, &PageContext::page(self.id(), page), buf, &Trailer(trailer))
         })?;
         Ok(Read::Page)
     }
@@ -363,11 +374,11 @@ impl std::fmt::Debug for PageFile {
 impl PageFile {
     /// Writes the header into one slot and then, once that is safe, into the other: a write that is torn leaves one slot,
     /// and a slot that is damaged later takes no pages with it. Returns what was written last.
-    pub(super) fn write_both_slots(&self, mut header: HeaderBody) -> Result<HeaderBody> {
+    pub(super) fn write_both_slots(&self, key: &DataKey, mut header: HeaderBody) -> Result<HeaderBody> {
         for _ in 0..SLOTS {
             let next = header.sequence.checked_add(1);
             header.sequence = next.ok_or_else(|| Error::damaged(format!("{} is at its end", self.0.path.display())))?;
-            self.write_header(&header)?;
+            self.write_header(key, &header)?;
             self.sync("syncing the header of")?;
         }
         Ok(header)
@@ -378,9 +389,9 @@ impl PageFile {
     }
 
     /// Writes the header into the slot that does not hold the last one.
-    fn write_header(&self, header: &HeaderBody) -> Result<()> {
+    fn write_header(&self, key: &DataKey, header: &HeaderBody) -> Result<()> {
         let slot = (header.sequence % SLOTS as u64) as u32;
-        let bytes = self.0.place.seal_slot(&ClearHeader { slot, ..self.0.clear }, header)?;
+        let bytes = self.0.place.seal_slot(key, &ClearHeader { slot, ..self.0.clear }, header)?;
         let offset = u64::from(slot) * SLOT_LEN as u64;
         self.0.file.write_all_at(&bytes, offset).map_err(|error| self.io_error("writing the header of", error))
     }

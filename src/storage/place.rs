@@ -8,11 +8,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::aead::AesBackend;
 use crate::env::Env;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, PageError, Result};
 use crate::format::derive::Label;
 use crate::format::file_header::{BODY_LEN, CLEAR_LEN, ClearHeader, HeaderBody, SLOT_LEN, unknown_version};
 use crate::format::page::{NONCE_LEN, OVERHEAD, SALT_LEN, SubkeyName, Trailer};
 use crate::ids::{ClusterId, DatabaseId, FileId};
+use crate::keys::keyring::DataKey;
 use crate::page::cipher::PageCipher;
 use crate::storage::disk::make_directories;
 
@@ -56,9 +57,8 @@ impl Place {
         Err(Error::new(ErrorKind::WrongIdentity, message))
     }
 
-    /// Seals a header slot, under a salt and nonce of its own.
-    pub(super) fn seal_slot(&self, clear: &ClearHeader, body: &HeaderBody) -> Result<[u8; SLOT_LEN]> {
-        let key = self.cipher.current_key();
+    /// Seals a header slot under `key`, a salt and a nonce of its own.
+    pub(super) fn seal_slot(&self, key: &DataKey, clear: &ClearHeader, body: &HeaderBody) -> Result<[u8; SLOT_LEN]> {
         let salt: [u8; SALT_LEN] = self.env.random()?;
         let nonce: [u8; NONCE_LEN] = self.env.random()?;
         let clear = clear.encode();
@@ -135,7 +135,10 @@ impl Place {
             Error::new(ErrorKind::Authentication, message)
         };
         let name = trailer.subkey_name();
-        let key = name.generation().and_then(|generation| self.cipher.find_key(generation)).ok_or_else(failed)?;
+        let key = self.cipher.find_key(name.generation().ok_or_else(failed)?).map_err(|error| match error {
+            PageError::UnknownGeneration(_) => failed(),
+            error => error.into(),
+        })?;
         if name.suite() != Some(key.suite) {
             return Err(failed());
         }

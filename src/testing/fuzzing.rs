@@ -470,7 +470,7 @@ impl KnownFile {
         let (clear, rest) = slot.split_at_mut(CLEAR_LEN);
         let (body, trailer) = rest.split_last_chunk_mut::<OVERHEAD>().ok_or_else(failed)?;
         let (trailer, salt) = (Trailer(*trailer), Trailer(*trailer).subkey_name().salt());
-        let subkey = self.cipher.current_key().derive(Label::Head, &salt, AesBackend::Ring)?;
+        let subkey = self.cipher.current_key()?.key.derive(Label::Head, &salt, AesBackend::Ring)?;
         subkey.with(|key| key.open(trailer.nonce(), &salt, clear, body, &trailer.tag()))?.map_err(|_| failed())
     }
 
@@ -480,7 +480,7 @@ impl KnownFile {
     /// No locked memory.
     pub fn seal_slot(&self, slot: &mut [u8; SLOT_LEN]) -> Result<()> {
         let (salt, nonce) = ([0x5a; SALT_LEN], [0x0c; NONCE_LEN]);
-        let key = self.cipher.current_key();
+        let key = self.cipher.current_key()?.key;
         let subkey = key.derive(Label::Head, &salt, AesBackend::Ring)?;
         let (clear, rest) = slot.split_at_mut(CLEAR_LEN);
         let (body, trailer) = rest.split_at_mut(BODY_LEN);

@@ -69,6 +69,7 @@ pub fn stray_cipher(suite: Suite, backend: AesBackend) -> Result<crate::PageCiph
     let keyring = Keyring::new(
         DatabaseId::from_bytes(env.random()?),
         vec![DataKey { generation: Generation::FIRST, suite, seal, key }],
+        None,
     )?;
     let subkeys = std::sync::Arc::new(SubkeyCache::new(1024));
     Ok(crate::PageCipher::new(keyring, backend, subkeys, std::sync::Arc::default(), env, None))

@@ -3,13 +3,14 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use crate::aead::{self, AesBackend};
 use crate::env::{Entropy, Env};
 use crate::error::Result;
 use crate::format::page::Suite;
 use crate::ids::{DatabaseId, Generation, SealId};
-use crate::keys::keyring::{DataKey, Keyring};
+use crate::keys::keyring::{Closed, DataKey, Keyring};
 use crate::page::cipher::PageCipher;
 use crate::page::subkeys::SubkeyCache;
 use crate::secret::SecretKey;
@@ -55,16 +56,7 @@ impl StrayDatabase {
     ) -> Result<Self> {
         let mut env = Env::system();
         env.entropy = entropy.unwrap_or(env.entropy);
-        let data_key = |stray: &StrayKey| {
-            aead::check_suite(stray.suite)?;
-            let key = SecretKey::fill_with(|out| {
-                *out = stray.key;
-                Ok::<(), crate::Error>(())
-            })?;
-            Ok(DataKey { generation: stray.generation, suite: stray.suite, seal: stray.seal, key })
-        };
-        let keys = keys.iter().map(data_key).collect::<Result<Vec<_>>>()?;
-        let keyring = Keyring::new(DatabaseId::from_bytes(env.random()?), keys)?;
+        let keyring = Keyring::new(DatabaseId::from_bytes(env.random()?), data_keys(keys)?, None)?;
         let (subkeys, resumes) = (Arc::new(SubkeyCache::new(subkeys)), Arc::default());
         let cipher = PageCipher::new(keyring, backend, subkeys, Arc::clone(&resumes), env, None);
         Ok(Self { cipher, resumes })
@@ -74,4 +66,48 @@ impl StrayDatabase {
     pub fn resumed(&self) {
         self.resumes.fetch_add(1, Ordering::Relaxed);
     }
+}
+
+fn data_keys(keys: &[StrayKey]) -> Result<Vec<DataKey>> {
+    keys.iter().map(data_key).collect()
+}
+
+fn data_key(stray: &StrayKey) -> Result<DataKey> {
+    aead::check_suite(stray.suite)?;
+    let key = SecretKey::fill_with(|out| {
+        *out = stray.key;
+        Ok::<(), crate::Error>(())
+    })?;
+    Ok(DataKey { generation: stray.generation, suite: stray.suite, seal: stray.seal, key })
+}
+
+/// Closes the gate of all handles of this cipher's database, as disabling its cluster does, or dropping the database;
+/// whether all operations in flight ended and all keys were wiped within ten seconds.
+pub fn close_gate(cipher: &PageCipher, dropped: bool) -> bool {
+    let why = if dropped { Closed::Dropped } else { Closed::Disabled };
+    cipher.0.close(why).wait(Duration::from_secs(10))
+}
+
+/// Opens it again, as recovering does, with `keys` in ascending order of generation.
+///
+/// # Errors
+/// [`crate::ErrorKind::NotFound`] if the database was dropped; as [`StrayDatabase::open`].
+pub fn open_gate(cipher: &PageCipher, keys: &[StrayKey]) -> Result<()> {
+    cipher.0.open_with(data_keys(keys)?, None)
+}
+
+/// Rotates: seals from now on use `key`.
+///
+/// # Errors
+/// [`crate::ErrorKind::Invalid`] unless it is newer than the newest; [`crate::ErrorKind::Closed`] while the gate is closed.
+pub fn add_generation(cipher: &PageCipher, key: &StrayKey) -> Result<()> {
+    cipher.0.add_generation(data_key(key)?, None)
+}
+
+/// Lets go of an older generation; whether its key was wiped within ten seconds.
+///
+/// # Errors
+/// [`crate::ErrorKind::Invalid`] for the newest; [`crate::ErrorKind::Closed`] while the gate is closed.
+pub fn forget_generation(cipher: &PageCipher, generation: Generation) -> Result<bool> {
+    Ok(cipher.0.forget_generation(generation)?.wait(Duration::from_secs(10)))
 }
