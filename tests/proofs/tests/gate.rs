@@ -353,3 +353,38 @@ fn a_write_and_a_read_of_many_pages_in_flight_end_whole() {
     assert!(pool.closed());
     assert_eq!(read, payloads);
 }
+
+#[test]
+fn a_child_is_told_that_it_is_one_though_the_gate_is_closed_and_never_waits_for_a_lock() {
+    let keys = [stray_key(Suite::Aes256Gcm, 1)];
+    let database = open_stray(&keys, AesBackend::Ring);
+    let page = Method::Into.seal(&database.cipher, &at(1), &[7; 64]).unwrap();
+    for close_first in [true, false] {
+        if close_first {
+            assert!(close_gate(&database.cipher, false));
+        } else {
+            open_gate(&database.cipher, &keys).unwrap();
+        }
+        // SAFETY: the child calls what a child may call of this crate, and leaves by `_exit`.
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            let told = says_forked(&database.cipher, &page, &keys);
+            // SAFETY: ends the child without running what the parent registered.
+            unsafe { libc::_exit(if told { 0 } else { 1 }) };
+        }
+        let mut status = -1;
+        // SAFETY: `status` is writable.
+        assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+        assert_eq!(status, 0, "closed before the fork: {close_first}");
+    }
+    assert_eq!(Method::Into.open(&database.cipher, &at(1), &page).0, Ok(()));
+}
+
+fn says_forked(cipher: &PageCipher, page: &[u8], keys: &[StrayKey]) -> bool {
+    let refused = Method::ALL.iter().all(|method| {
+        method.seal(cipher, &at(1), &[7; 64]) == Err(PageError::Forked)
+            && method.open(cipher, &at(1), page).0 == Err(PageError::Forked)
+    });
+    let unchanged = open_gate(cipher, keys).is_err_and(|error| error.kind() == ErrorKind::Forked);
+    refused && unchanged && close_gate(cipher, false)
+}
