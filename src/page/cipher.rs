@@ -622,23 +622,20 @@ mod tests {
         while cipher.0.subkeys.shrink() {}
         let data_key = cipher.0.find_key(None, generation(1)).unwrap();
         let subkey = cipher.0.make_subkey(&data_key, name).unwrap();
-        // The filler holds the set's lock while the gate closes on another thread.
         std::thread::scope(|scope| {
             let (mut closer, inner) = (None, &cipher.0);
-            let may_keep = |subkey: &Subkey| inner.keyring.holds(&subkey.parent);
-            let kept = inner.subkeys.find_or_make(
-                inner.keyring.owner,
-                &name,
-                || Ok(subkey),
-                may_keep,
-                |_| {
-                    closer = Some(scope.spawn(|| inner.close(Closed::Disabled)));
-                    while inner.check_open().is_ok() {
-                        std::thread::yield_now();
-                    }
-                    Ok(())
-                },
-            );
+            // The gate closes on another thread after the filler was told that it may keep the subkey, and before it does.
+            let may_keep = |subkey: &Subkey| {
+                let held = inner.keyring.holds(&subkey.parent);
+                closer = Some(scope.spawn(|| inner.close(Closed::Disabled)));
+                while inner.check_open().is_ok() {
+                    std::thread::yield_now();
+                }
+                std::thread::sleep(Duration::from_millis(20));
+                held
+            };
+            let owner = inner.keyring.owner;
+            let kept = inner.subkeys.find_or_make(owner, &name, || Ok(subkey), may_keep, |_| Ok(()));
             assert_eq!(kept, Ok(()));
             drop(data_key);
             assert!(closer.unwrap().join().unwrap().wait(PATIENCE), "a subkey was cached after the gate was closed");

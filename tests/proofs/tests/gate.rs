@@ -3,15 +3,15 @@
 
 mod common;
 
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use common::{CIPHERS, Dice, GlassWrapper, Method, TempDir, generation, is_zero, open_stray, stray_key};
-use pageseal::testing::stray::{StrayKey, add_generation, close_gate, forget_generation, open_gate};
+use pageseal::testing::stray::{StrayDatabase, StrayKey, add_generation, close_gate, forget_generation, open_gate};
 use pageseal::{
-    AesBackend, Cluster, ClusterOptions, ErrorKind, FileId, Inline, OVERHEAD, PageCipher, PageContext, PageError,
-    PageFileOptions, PageJob, Pool, Read, ReadJob, Suite, Threads, Trailer, Wrappers,
+    AesBackend, Cluster, ClusterOptions, Entropy, ErrorKind, FileId, Inline, NoRandomness, OVERHEAD, PageCipher,
+    PageContext, PageError, PageFileOptions, PageJob, Pool, Read, ReadJob, Suite, Threads, Trailer, Wrappers,
 };
 
 fn at(page: u64) -> PageContext {
@@ -354,30 +354,74 @@ fn a_write_and_a_read_of_many_pages_in_flight_end_whole() {
     assert_eq!(read, payloads);
 }
 
+/// Gives no bytes while it is stopped: whoever opens a session waits, and holds its lock.
+#[derive(Default)]
+struct Stoppable {
+    stopped: AtomicBool,
+    waiting: AtomicBool,
+}
+
+impl Entropy for Stoppable {
+    fn fill(&self, out: &mut [u8]) -> Result<(), NoRandomness> {
+        while self.stopped.load(Ordering::SeqCst) {
+            self.waiting.store(true, Ordering::SeqCst);
+            pause(100);
+        }
+        out.fill(0x3c);
+        Ok(())
+    }
+
+    fn fresh(&self) -> Result<[u8; 8], NoRandomness> {
+        Ok([0x3c; 8])
+    }
+}
+
 #[test]
-fn a_child_is_told_that_it_is_one_though_the_gate_is_closed_and_never_waits_for_a_lock() {
+fn a_child_is_told_that_it_is_one_though_the_gate_is_closed() {
     let keys = [stray_key(Suite::Aes256Gcm, 1)];
     let database = open_stray(&keys, AesBackend::Ring);
     let page = Method::Into.seal(&database.cipher, &at(1), &[7; 64]).unwrap();
-    for close_first in [true, false] {
-        if close_first {
-            assert!(close_gate(&database.cipher, false));
-        } else {
-            open_gate(&database.cipher, &keys).unwrap();
-        }
-        // SAFETY: the child calls what a child may call of this crate, and leaves by `_exit`.
-        let child = unsafe { libc::fork() };
-        if child == 0 {
-            let told = says_forked(&database.cipher, &page, &keys);
-            // SAFETY: ends the child without running what the parent registered.
-            unsafe { libc::_exit(if told { 0 } else { 1 }) };
-        }
-        let mut status = -1;
-        // SAFETY: `status` is writable.
-        assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
-        assert_eq!(status, 0, "closed before the fork: {close_first}");
-    }
+    assert!(close_gate(&database.cipher, false));
+    assert!(in_a_child(|| says_forked(&database.cipher, &page, &keys)));
+    open_gate(&database.cipher, &keys).unwrap();
+    assert!(in_a_child(|| says_forked(&database.cipher, &page, &keys)));
     assert_eq!(Method::Into.open(&database.cipher, &at(1), &page).0, Ok(()));
+}
+
+#[test]
+fn a_child_that_closes_the_gate_waits_for_no_thread_of_its_parent() {
+    let (keys, entropy) = ([stray_key(Suite::Aes256Gcm, 1)], Arc::new(Stoppable::default()));
+    let database = StrayDatabase::open(&keys, AesBackend::Ring, Some(entropy.clone())).unwrap();
+    let page = Method::Into.seal(&database.cipher, &at(1), &[7; 64]).unwrap();
+    database.resumed();
+    entropy.stopped.store(true, Ordering::SeqCst);
+    std::thread::scope(|scope| {
+        let sealing = scope.spawn(|| Method::Into.seal(&database.cipher, &at(1), &[7; 64]));
+        while !entropy.waiting.load(Ordering::SeqCst) {
+            pause(100);
+        }
+        let told = in_a_child(|| says_forked(&database.cipher, &page, &keys));
+        entropy.stopped.store(false, Ordering::SeqCst);
+        assert!(sealing.join().unwrap().is_ok());
+        assert!(told, "the child hangs, or was not told");
+    });
+}
+
+/// Runs `check` in a forked child, which is killed after a while.
+fn in_a_child(check: impl FnOnce() -> bool) -> bool {
+    // SAFETY: the child calls what a child may call of this crate, and leaves by `_exit` or the alarm.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        // SAFETY: only ends this child.
+        unsafe { libc::alarm(20) };
+        let passed = check();
+        // SAFETY: ends the child without running what the parent registered.
+        unsafe { libc::_exit(if passed { 0 } else { 1 }) };
+    }
+    let mut status = -1;
+    // SAFETY: `status` is writable.
+    assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+    status == 0
 }
 
 fn says_forked(cipher: &PageCipher, page: &[u8], keys: &[StrayKey]) -> bool {
