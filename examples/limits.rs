@@ -9,14 +9,20 @@
 //! a key that was set up once, detached, in place, with a counter for a nonce and 32 bytes of associated data, over the
 //! same payloads. `speedup` is one thread's time over that of the pool, the caller being outside of it, in a stream of eight
 //! batches; `first` is the speedup of the first of them, for which the pool's threads had to be woken.
+//!
+//! `cost` is the time of what is measured over that of its reference, 1.00 meaning as much: of a cipher that a cluster can
+//! close over one that nobody can; of the 10,000th database over the 100th, in processor time, with the keystore on a
+//! simulated disk: where all of them stay open (`open=all`), and where each is closed again.
 
 use std::hint::black_box;
 use std::num::NonZero;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use pageseal::testing::{Broken, SimulatedDisk, stray_cipher};
 use pageseal::{
-    AesHardware, Cluster, ClusterOptions, FileId, Inline, LocalKeyFile, OVERHEAD, PageCipher, PageContext, PageJob,
-    Pool, Suite, Threads, Wrappers,
+    AesBackend, AesHardware, Cluster, ClusterOptions, Database, FileId, Hierarchy, Inline, LocalKeyFile, OVERHEAD,
+    PageCipher, PageContext, PageJob, Pool, ScriptedWrapper, Suite, Threads, Wrappers,
 };
 use ring::aead::{AES_256_GCM, Aad, Algorithm, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
 
@@ -35,7 +41,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     outcome
 }
 
-fn measure(directory: &std::path::Path) -> Result<(), Box<dyn std::error::Error>> {
+fn measure(directory: &Path) -> Result<(), Box<dyn std::error::Error>> {
+    keystores(directory)?;
     let cipher = |suite: Suite| -> Result<PageCipher, pageseal::Error> {
         let place = directory.join(format!("{suite:?}"));
         std::fs::create_dir(&place).map_err(|_| pageseal::PageError::NotRun)?;
@@ -45,6 +52,7 @@ fn measure(directory: &std::path::Path) -> Result<(), Box<dyn std::error::Error>
     };
     let aes = cipher(Suite::Aes256Gcm)?;
     let chacha = cipher(Suite::ChaCha20Poly1305)?;
+    gate(&aes)?;
     for size in SIZES.map(|kib| kib * 1024) {
         one_suite("aes256gcm", size, &aes, &Ring::new(&AES_256_GCM), None);
         one_suite("chacha20poly1305", size, &chacha, &Ring::new(&CHACHA20_POLY1305), None);
@@ -191,6 +199,146 @@ fn time_raw(raw: &dyn Raw, buffers: &mut [Vec<u8>]) -> (f64, f64) {
         raw.open(black_box(counter), page, tag);
     }
     (sealing, nanos(start))
+}
+
+/// A cipher whose cluster can close it, and looks after it from a thread of its own, against one that nobody can close.
+fn gate(gated: &PageCipher) -> Result<(), pageseal::Error> {
+    let stray = stray_cipher(Suite::Aes256Gcm, AesBackend::default())?;
+    let pages = 16;
+    let mut buffers = vec![vec![0x5a; 4096 - OVERHEAD]; pages];
+    let (mut with, mut without) = (Vec::new(), Vec::new());
+    for round in 0..10 * ROUNDS {
+        // Each on the same memory: what the caches do to it is no part of this.
+        let time = |cipher: &PageCipher, buffers: &mut [Vec<u8>]| {
+            let (sealing, opening) = time_ours(cipher, buffers);
+            sealing + opening
+        };
+        if round.is_multiple_of(2) {
+            with.push(time(gated, &mut buffers));
+            without.push(time(&stray, &mut buffers));
+        } else {
+            without.push(time(&stray, &mut buffers));
+            with.push(time(gated, &mut buffers));
+        }
+    }
+    let (with, without) = (median(&mut with), median(&mut without));
+    let (ours, theirs) = (with / (2 * pages) as f64, without / (2 * pages) as f64);
+    println!("a 4 KiB page sealed or opened: {ours:.1} ns in a cluster, {theirs:.1} ns outside of one");
+    println!("LIMIT op=gate size=4096 cost={:.3}", with / without);
+    Ok(())
+}
+
+/// How many databases are many.
+const MANY: usize = 10_000;
+
+fn keystores(directory: &Path) -> Result<(), pageseal::Error> {
+    for (name, hierarchy) in [("direct", Hierarchy::Direct), ("cluster-key", Hierarchy::ClusterKey)] {
+        let mut many = Place::create(directory.join(format!("many-closed-{name}")), hierarchy, false)?;
+        creations(directory, name, &mut many)?;
+        let mut many = Place::create(directory.join(format!("many-{name}")), hierarchy, true)?;
+        creations(directory, name, &mut many)?;
+        verifications(name, &many, "appended")?;
+        // What drops a database writes the keystore anew.
+        many.cluster.drop_database(&(many.cluster.databases()?[0].clone()))?;
+        verifications(name, &many, "compacted")?;
+    }
+    Ok(())
+}
+
+/// A cluster whose keystore is in memory, and those of its databases that are open.
+struct Place {
+    path: PathBuf,
+    disk: SimulatedDisk,
+    key: ScriptedWrapper,
+    hierarchy: Hierarchy,
+    cluster: Cluster,
+    keeps_open: bool,
+    open: Vec<Database>,
+    created: usize,
+}
+
+impl Place {
+    fn create(path: PathBuf, hierarchy: Hierarchy, keeps_open: bool) -> Result<Self, pageseal::Error> {
+        let (disk, key) = (SimulatedDisk::new(Broken::No), ScriptedWrapper::new("limits"));
+        let options = ClusterOptions::new().hierarchy(hierarchy).keystore_disk(&disk).watched(false);
+        let cluster = Cluster::create(&path, options, Wrappers::one(key.clone()))?;
+        Ok(Self { path, disk, key, hierarchy, cluster, keeps_open, open: Vec::new(), created: 0 })
+    }
+
+    /// Processor time, in nanoseconds.
+    fn create_database(&mut self) -> Result<f64, pageseal::Error> {
+        let name = format!("database {}", self.created);
+        let start = processor_time();
+        let database = self.cluster.create_database(&name)?;
+        let took = processor_time() - start;
+        self.created += 1;
+        if self.keeps_open {
+            self.open.push(database);
+        }
+        Ok(took)
+    }
+
+    fn fill(&mut self, databases: usize) -> Result<(), pageseal::Error> {
+        while self.created < databases {
+            self.create_database()?;
+        }
+        Ok(())
+    }
+
+    fn open(&self) -> Result<Cluster, pageseal::Error> {
+        let options = ClusterOptions::new().hierarchy(self.hierarchy).keystore_disk(&self.disk).watched(false);
+        Cluster::open(&self.path, options.expected_id(self.cluster.id()), Wrappers::one(self.key.clone()))
+    }
+}
+
+/// Creations around the 100th and around the 10,000th, in turn. After the 150th, the next cluster is filled up to the 50th.
+fn creations(directory: &Path, name: &str, many: &mut Place) -> Result<(), pageseal::Error> {
+    const AROUND: usize = 50;
+    const TIMES: usize = 5;
+    let open = if many.keeps_open { "all" } else { "none" };
+    many.fill(MANY - AROUND * TIMES)?;
+    let (mut early, mut late) = (Vec::new(), Vec::new());
+    for time in 0..TIMES {
+        let path = directory.join(format!("few-{name}-{open}-{time}"));
+        let mut few = Place::create(path, many.hierarchy, many.keeps_open)?;
+        few.fill(100 - AROUND)?;
+        for _ in 0..2 * AROUND {
+            early.push(few.create_database()?);
+            late.push(many.create_database()?);
+        }
+    }
+    let (early, late) = (median(&mut early), median(&mut late));
+    println!(
+        "creating a database, {name}, {open} open: the 100th {:.1} µs, the 10,000th {:.1} µs",
+        early / 1e3,
+        late / 1e3
+    );
+    println!("LIMIT op=create-database n={MANY} hierarchy={name} open={open} cost={:.2}", late / early);
+    Ok(())
+}
+
+/// Processor time of opening a cluster. Its own keys are unwrapped on another thread, which is not counted.
+fn verifications(name: &str, many: &Place, layout: &str) -> Result<(), pageseal::Error> {
+    let mut times = Vec::new();
+    for _ in 0..21 {
+        let start = processor_time();
+        let cluster = black_box(many.open()?);
+        times.push((processor_time() - start) / 1e6);
+        drop(cluster);
+    }
+    let records = many.cluster.databases()?.len();
+    let millis = median(&mut times);
+    println!("LIMIT op=verify-keystore n={records} hierarchy={name} layout={layout} millis={millis:.1}");
+    Ok(())
+}
+
+/// What this thread has used of the processor, in nanoseconds.
+#[allow(unsafe_code)]
+fn processor_time() -> f64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the kernel writes the time to where it is told.
+    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) };
+    time.tv_sec as f64 * 1e9 + time.tv_nsec as f64
 }
 
 fn one_batch(cipher: &PageCipher, size: usize, batch: usize, threads: NonZero<usize>) {

@@ -11,7 +11,7 @@ use crate::format::derive::Info;
 use crate::format::page::{AAD_LEN, NONCE_LEN, SALT_LEN, Suite, TAG_LEN};
 #[cfg(feature = "rustcrypto")]
 use crate::secret::scoped_to;
-use crate::secret::{Locked, SecretKey, scoped, scoped_call, wipe_vector_registers};
+use crate::secret::{Forked, Locked, SecretKey, scoped, scoped_call, wipe_vector_registers};
 
 /// Which implementation of AES-256-GCM a cluster uses. The bytes are the same; one opens what the other sealed.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
@@ -271,6 +271,39 @@ pub(crate) fn hmac_sha256(key: &SecretKey, parts: &[&[u8]]) -> Result<[u8; 32], 
         })
     })?;
     Ok(out)
+}
+
+/// The key of many HMACs, set up once. What it takes to wipe the stack is paid once for all MACs made in one [`HmacKey::with`].
+pub(crate) struct HmacKey(Locked<hmac::Key>);
+
+impl HmacKey {
+    /// Takes `key` over.
+    pub(crate) fn new(key: &SecretKey) -> Result<Self, Error> {
+        let locked = key.with(|key| Locked::new_with(|| Ok::<_, Error>(hmac::Key::new(hmac::HMAC_SHA256, key))))??;
+        Ok(Self(locked))
+    }
+
+    /// Lends the key for any number of MACs, then wipes the stack below and the registers.
+    ///
+    /// # Errors
+    /// Forked, in a child that was forked before or meanwhile: what was computed must not be believed.
+    pub(crate) fn with<R>(&self, f: impl FnOnce(&Hmac<'_>) -> R) -> Result<R, Forked> {
+        self.0.with(|key| scoped(|| f(&Hmac(key))))
+    }
+}
+
+/// HMAC-SHA256 (RFC 2104) under a key that was set up before.
+pub(crate) struct Hmac<'a>(&'a hmac::Key);
+
+impl Hmac<'_> {
+    /// Over the parts, one after the other. Leaves key material on the stack, for [`HmacKey::with`] to wipe.
+    pub(crate) fn sign(&self, parts: &[&[u8]]) -> [u8; 32] {
+        let mut context = hmac::Context::with_key(self.0);
+        parts.iter().for_each(|part| context.update(part));
+        let mut out = [0; 32];
+        out.copy_from_slice(context.sign().as_ref());
+        out
+    }
 }
 
 /// SHA-256 (FIPS 180-4), for fingerprints of public bytes.

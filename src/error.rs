@@ -13,11 +13,9 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum PageError {
-    /// This process is a fork of the one that opened the cluster; its keys were wiped. Drop the inherited handles; once the
-    /// parent has closed the cluster too, it can be opened here.
-    #[error(
-        "this process is a fork and holds no keys; drop its handles, and open the cluster anew once the parent closed it"
-    )]
+    /// This process is a fork of the one that opened the cluster; its keys were wiped. Drop the inherited handles, and open
+    /// the cluster anew; a page file can be opened here once the parent has closed it.
+    #[error("this process is a fork and holds no keys; drop its handles, and open the cluster anew")]
     Forked,
     /// The page is not what was sealed at this location, version and key: damaged, moved, swapped, or foreign. Which of
     /// these is not told, so that an attacker learns nothing. Restore the page from a replica or a backup.
@@ -88,7 +86,8 @@ pub enum ErrorKind {
     NotFound,
     /// A cluster, database or file of this name exists already.
     AlreadyExists,
-    /// Another handle or process holds the cluster. Close it first.
+    /// Somebody else needs what this call would take: another process, a handle, or an operation in flight. The message says
+    /// who. Close it there, or try again.
     InUse,
     /// This process is a fork: see [`PageError::Forked`].
     Forked,

@@ -53,9 +53,9 @@
 //!
 //! # What is not there yet
 //!
-//! Commits that rewrite pages durably, several processes on one cluster, disabling a running cluster when its master key is
-//! revoked, rotation, backups, and the adapters to key services and engines. The documentation of each type says what it
-//! does today.
+//! Commits that rewrite pages durably, checking the master key regularly and disabling a running cluster by itself when it is
+//! revoked, re-encrypting what older generations sealed, backups, and the adapters to key services and engines. The
+//! documentation of each type says what it does today.
 //!
 //! # Where things are
 //!
@@ -64,6 +64,9 @@
 //! | seal and open pages of your own | [`PageCipher`], [`PageContext`]; in batches [`PageJob`] on a [`Pool`] |
 //! | store pages | [`PageFile`] |
 //! | manage databases and their keys | [`Cluster`], [`Database`] |
+//! | rotate and rewrap keys | [`Database::rotate`], [`Cluster::rewrap`], [`Cluster::set_hierarchy`] |
+//! | destroy keys for good | [`Cluster::drop_database`], [`Database::destroy_generation`] |
+//! | stop everything at once, and come back | [`Cluster::disable`], [`Cluster::retry`] |
 //! | connect a key service | [`KeyWrapper`], [`Wrappers`]; [`LocalKeyFile`] to try things out |
 //! | test your own code against failing key services | `ScriptedWrapper`, feature `test-util` |
 //!
@@ -92,17 +95,20 @@ mod ids;
 mod keys;
 mod kms;
 mod page;
+mod registry;
+mod rotation;
 mod secret;
 mod storage;
 #[cfg(feature = "test-util")]
 pub mod testing;
 
 pub use aead::{AesBackend, AesHardware};
-pub use cluster::{Cluster, ClusterOptions};
+pub use cluster::{Cluster, ClusterOptions, Maintained, Shredded};
 pub use database::Database;
 #[cfg(feature = "test-util")]
 pub use env::{Entropy, NoRandomness};
 pub use error::{Error, ErrorKind, KmsClass, KmsError, PageError, Result};
+pub use format::keystore::Hierarchy;
 pub use format::page::{Location, MAX_PAYLOAD, OVERHEAD, PageContext, Suite, Trailer};
 pub use format::wrapped::Purpose;
 pub use ids::{ClusterId, DatabaseId, FileId, Generation, MasterKeyId, SealId};
@@ -115,6 +121,7 @@ pub use page::batch::PageJob;
 pub use page::cipher::PageCipher;
 pub use page::pool::{Inline, Pool};
 pub use page::threads::Threads;
+pub use rotation::Progress;
 pub use secret::KeyPayload;
 pub use storage::appender::Appender;
 pub use storage::page_file::{PageFile, PageFileOptions, Read, ReadJob};

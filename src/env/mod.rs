@@ -45,12 +45,13 @@ pub trait Entropy: Send + Sync {
 #[derive(Clone)]
 pub(crate) struct Env {
     pub(crate) entropy: Arc<dyn Entropy>,
-    pub(crate) now: fn() -> Duration,
+    /// Time since 1970.
+    pub(crate) now: Arc<dyn Fn() -> Duration + Send + Sync>,
 }
 
 impl Env {
     pub(crate) fn system() -> Self {
-        Self { entropy: Arc::new(SystemEntropy::default()), now: system_now }
+        Self { entropy: Arc::new(SystemEntropy::default()), now: Arc::new(system_now) }
     }
 
     pub(crate) fn random<const N: usize>(&self) -> Result<[u8; N], NoRandomness> {

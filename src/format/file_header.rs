@@ -1,6 +1,6 @@
 //! The header of a page file: two slots of 4,096 bytes, written in turn, so that one is always whole.
 
-use crate::format::page::{OVERHEAD, read_generation};
+use crate::format::page::{OVERHEAD, TAG_LEN, read_generation};
 use crate::format::reader::{Malformed, Reader};
 use crate::ids::{ClusterId, DatabaseId, FileId, Generation};
 
@@ -96,14 +96,23 @@ pub(crate) struct HeaderBody {
     pub(crate) written: u64,
     /// No page is sealed under an older generation.
     pub(crate) oldest_generation: Generation,
-    /// The keystore's sequence when the header was written.
-    pub(crate) keystore_sequence: u64,
+    /// The keystore's last change when the header was written.
+    pub(crate) seen: Seen,
+}
+
+/// A change of the keystore: its number, and the tag that tells it from a change of this number in another history.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Seen {
+    pub(crate) sequence: u64,
+    pub(crate) tag: [u8; TAG_LEN],
 }
 
 /// Kept for the log position of the last checkpoint (log id 16, segment 8, sequence 8).
 const CHECKPOINT_LEN: usize = 32;
 /// Kept for freshness: root 32, epoch 8.
 const FRESHNESS_LEN: usize = 40;
+const SEEN_AT: usize = 24 + CHECKPOINT_LEN;
+const SEEN_TAG_AT: usize = SEEN_AT + 8 + FRESHNESS_LEN;
 
 impl HeaderBody {
     pub(crate) fn encode(&self) -> [u8; BODY_LEN] {
@@ -111,7 +120,8 @@ impl HeaderBody {
         out[..8].copy_from_slice(&self.sequence.to_le_bytes());
         out[8..16].copy_from_slice(&self.written.to_le_bytes());
         out[16..20].copy_from_slice(&self.oldest_generation.get().to_le_bytes());
-        out[24 + CHECKPOINT_LEN..][..8].copy_from_slice(&self.keystore_sequence.to_le_bytes());
+        out[SEEN_AT..][..8].copy_from_slice(&self.seen.sequence.to_le_bytes());
+        out[SEEN_TAG_AT..][..TAG_LEN].copy_from_slice(&self.seen.tag);
         out
     }
 
@@ -122,10 +132,11 @@ impl HeaderBody {
         let oldest_generation = read_generation(&mut reader)?;
         reader.zeros(5)?;
         reader.zeros(CHECKPOINT_LEN)?;
-        let keystore_sequence = reader.u64()?;
+        let seen_sequence = reader.u64()?;
         reader.zeros(FRESHNESS_LEN)?;
+        let seen = Seen { sequence: seen_sequence, tag: reader.array()? };
         reader.padding()?;
-        Ok(Self { sequence, written, oldest_generation, keystore_sequence })
+        Ok(Self { sequence, written, oldest_generation, seen })
     }
 }
 
@@ -159,7 +170,7 @@ mod tests {
             sequence: 0x11,
             written: 0x2222,
             oldest_generation: Generation::new(0x0003_0201).unwrap(),
-            keystore_sequence: 0x4444,
+            seen: Seen { sequence: 0x4444, tag: [0x55; 16] },
         };
         let bytes = body.encode();
         let mut golden = vec![0; 3984];
@@ -167,9 +178,10 @@ mod tests {
         golden[8..10].fill(0x22);
         golden[16..19].copy_from_slice(&[1, 2, 3]);
         golden[56..58].fill(0x44);
+        golden[104..120].fill(0x55);
         assert_eq!(bytes[..], golden);
         assert_eq!(HeaderBody::decode(&bytes), Ok(body));
-        for reserved in [19, 20, 23, 24, 55, 64, 103, 104, 3983] {
+        for reserved in [19, 20, 23, 24, 55, 64, 103, 120, 3983] {
             let mut changed = bytes;
             changed[reserved] = 1;
             assert!(HeaderBody::decode(&changed).is_err(), "byte {reserved}");

@@ -5,7 +5,7 @@ use std::fmt;
 use crate::format::group::SECTOR;
 use crate::format::page::{generation_bytes, read_generation};
 use crate::format::reader::{Malformed, Reader};
-use crate::format::record::{MAX_RECORD_LEN, Record};
+use crate::format::record::{KeyState, MAX_RECORD_LEN, Record};
 use crate::format::wrapped::Purpose;
 use crate::ids::{ClusterId, DatabaseId, Generation};
 
@@ -15,10 +15,12 @@ pub(crate) const MAX_HEADER_LEN: usize = 64 * 1024;
 /// The longest sealed name, in bytes.
 pub(crate) const MAX_SEALED_NAME: usize = 512;
 
-/// `"PGSEALK" | version digit | length u32 | hierarchy u8 | 0^3 | cluster 16 | sequence u64`.
-const HEADER_FIXED_LEN: usize = 8 + 4 + 1 + 3 + 16 + 8;
+/// `"PGSEALK" | version digit | length u32 | hierarchy u8 | 0^3 | cluster 16 | sequence u64 | whole u64`.
+const HEADER_FIXED_LEN: usize = 8 + 4 + 1 + 3 + 16 + 8 + 8;
 const MAGIC: &[u8; 7] = b"PGSEALK";
-const VERSION: u8 = b'1';
+pub(crate) const VERSION: u8 = b'1';
+/// Where the version byte stands.
+pub(crate) const VERSION_AT: usize = MAGIC.len();
 
 const _: () = assert!(HEADER_FIXED_LEN + MAX_RECORD_LEN + HEADER_MAC_LEN <= MAX_HEADER_LEN);
 
@@ -50,13 +52,15 @@ impl fmt::Display for Refused {
     }
 }
 
-/// What the master keys wrap.
+/// What the master keys wrap. A setting of a cluster, which can be changed while it runs
+/// ([`Cluster::set_hierarchy`](crate::Cluster::set_hierarchy)).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u8)]
-pub(crate) enum Hierarchy {
-    /// Each data key.
+pub enum Hierarchy {
+    /// Each data key. Opening a database calls the key service once for each generation of its key.
     Direct = 0,
-    /// One cluster key, which wraps the data keys.
+    /// One cluster key, which wraps the data keys. For thousands of databases: one call to the key service opens them all,
+    /// and one wraps them anew under another master key.
     ClusterKey = 1,
 }
 
@@ -68,6 +72,9 @@ pub(crate) struct Header {
     /// The sequence number of the change that this header stands for; the first group has the next one. Also the
     /// "segment" that the groups' tags bind, so that a group of an earlier file does not fit a rewritten one.
     pub(crate) sequence: u64,
+    /// The last change that was written together with this header, before the file took its name: a file that ends earlier
+    /// is damaged, and not torn.
+    pub(crate) whole: u64,
     /// The wrapped cluster key and identity key.
     pub(crate) record: Record,
 }
@@ -76,6 +83,9 @@ impl Header {
     /// The header's bytes, a multiple of 512, with zeros where the MAC goes: in the last 32.
     pub(crate) fn encode(&self) -> Result<Vec<u8>, Malformed> {
         check_purpose(&self.record, Purpose::Cluster)?;
+        if self.whole < self.sequence {
+            return Err(Malformed("its header ends before it begins"));
+        }
         let mut out = Vec::new();
         out.extend(MAGIC);
         out.push(VERSION);
@@ -83,6 +93,7 @@ impl Header {
         out.extend([self.hierarchy as u8, 0, 0, 0]);
         out.extend(self.cluster.to_bytes());
         out.extend(self.sequence.to_le_bytes());
+        out.extend(self.whole.to_le_bytes());
         self.record.encode(&mut out)?;
         let len = (out.len() + HEADER_MAC_LEN).next_multiple_of(SECTOR);
         out.resize(len, 0);
@@ -115,14 +126,17 @@ impl Header {
         };
         reader.zeros(3)?;
         let cluster = ClusterId::from_bytes(reader.array()?);
-        let sequence = reader.u64()?;
+        let (sequence, whole) = (reader.u64()?, reader.u64()?);
+        if whole < sequence {
+            return Err(Malformed("its header ends before it begins").into());
+        }
         let record = Record::decode(&mut reader)?;
         check_purpose(&record, Purpose::Cluster)?;
         if reader.remaining() >= SECTOR {
             return Err(Malformed("its header is longer than it needs to be").into());
         }
         reader.padding()?;
-        Ok((Self { hierarchy, cluster, sequence, record }, len))
+        Ok((Self { hierarchy, cluster, sequence, whole, record }, len))
     }
 }
 
@@ -135,7 +149,7 @@ pub(crate) struct SealedName {
 }
 
 /// Who uses a database's keys.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 #[repr(u8)]
 pub(crate) enum OwnerKind {
     PageFile = 1,
@@ -177,18 +191,36 @@ pub(crate) struct KeyUse {
 pub(crate) enum Operation {
     /// A new database.
     Database { database: DatabaseId, name: SealedName },
+    /// Another name for a database.
+    Rename { database: DatabaseId, name: SealedName },
+    /// A database goes, with its keys and those who use them.
+    Drop { database: DatabaseId },
     /// A new data key of a database.
     Generation(Record),
+    /// A data key is retired or destroyed.
+    State { database: DatabaseId, generation: Generation, state: KeyState },
+    /// The same data key or probe under other master keys: the record as it is now, different in its wrappings only.
+    Wrapping(Record),
     /// The key whose unwrapping shows that the master key can be used. The latest counts.
     Probe(Record),
     /// A new user of a database's keys.
     KeyUseAdd(KeyUse),
+    /// A user of a database's keys has sealed anew what was older than `oldest`.
+    KeyUseRaise { kind: OwnerKind, owner: OwnerId, database: DatabaseId, oldest: Generation },
+    /// A user of a database's keys is gone, and what it sealed with it.
+    KeyUseRelease { kind: OwnerKind, owner: OwnerId, database: DatabaseId },
 }
 
 const KIND_DATABASE: u8 = 1;
+const KIND_RENAME: u8 = 2;
+const KIND_DROP: u8 = 3;
 const KIND_GENERATION: u8 = 4;
+const KIND_STATE: u8 = 5;
+const KIND_WRAPPING: u8 = 6;
 const KIND_PROBE: u8 = 7;
 const KIND_KEY_USE_ADD: u8 = 8;
+const KIND_KEY_USE_RAISE: u8 = 9;
+const KIND_KEY_USE_RELEASE: u8 = 10;
 
 impl Operation {
     /// Appends `kind u8 | 0^3 | length u32 | bytes`. An operation that breaks a rule may leave part of itself in `out`.
@@ -197,12 +229,22 @@ impl Operation {
         out.extend([self.kind(), 0, 0, 0, 0, 0, 0, 0]);
         let body = out.len();
         match self {
-            Self::Database { database, name } => {
+            Self::Database { database, name } | Self::Rename { database, name } => {
                 out.extend(database.to_bytes());
                 encode_name(Some(name), out)?;
             }
+            Self::Drop { database } => out.extend(database.to_bytes()),
             Self::Generation(record) => {
                 check_purpose(record, Purpose::Data)?;
+                record.encode(out)?;
+            }
+            Self::State { database, generation, state } => {
+                out.extend(database.to_bytes());
+                out.extend(generation_bytes(*generation));
+                out.push(*state as u8);
+            }
+            Self::Wrapping(record) => {
+                check_rewrapped(record)?;
                 record.encode(out)?;
             }
             Self::Probe(record) => {
@@ -210,6 +252,12 @@ impl Operation {
                 record.encode(out)?;
             }
             Self::KeyUseAdd(key_use) => encode_key_use(key_use, out)?,
+            Self::KeyUseRaise { kind, owner, database, oldest } => {
+                encode_owner(*kind, *owner, *database, out);
+                out.extend(generation_bytes(*oldest));
+                out.push(0);
+            }
+            Self::KeyUseRelease { kind, owner, database } => encode_owner(*kind, *owner, *database, out),
         }
         let len = u32::try_from(out.len() - body).map_err(|_| Malformed("it is longer than 4 GiB"))?;
         out[start + 4..body].copy_from_slice(&len.to_le_bytes());
@@ -223,14 +271,35 @@ impl Operation {
         let len = reader.u32()? as usize;
         let mut body = Reader::new(reader.bytes(len)?);
         match kind {
-            KIND_DATABASE => {
+            KIND_DATABASE => decode_named(body).map(|(database, name)| Self::Database { database, name }),
+            KIND_RENAME => decode_named(body).map(|(database, name)| Self::Rename { database, name }),
+            KIND_DROP => {
                 let database = DatabaseId::from_bytes(body.array()?);
-                let name = decode_name(body)?.ok_or(Malformed("a database has no name"))?;
-                Ok(Self::Database { database, name })
+                body.finish()?;
+                Ok(Self::Drop { database })
             }
             KIND_GENERATION => Ok(Self::Generation(decode_record(body, Purpose::Data)?)),
+            KIND_STATE => Ok(decode_state(body)?),
+            KIND_WRAPPING => {
+                let record = Record::decode(&mut body)?;
+                check_rewrapped(&record)?;
+                body.finish()?;
+                Ok(Self::Wrapping(record))
+            }
             KIND_PROBE => Ok(Self::Probe(decode_record(body, Purpose::Probe)?)),
             KIND_KEY_USE_ADD => Ok(Self::KeyUseAdd(decode_key_use(body)?)),
+            KIND_KEY_USE_RAISE => {
+                let (kind, owner, database) = decode_owner(&mut body)?;
+                let oldest = read_generation(&mut body)?;
+                body.zeros(1)?;
+                body.finish()?;
+                Ok(Self::KeyUseRaise { kind, owner, database, oldest })
+            }
+            KIND_KEY_USE_RELEASE => {
+                let (kind, owner, database) = decode_owner(&mut body)?;
+                body.finish()?;
+                Ok(Self::KeyUseRelease { kind, owner, database })
+            }
             unknown => Err(Refused::UnknownOperation(unknown)),
         }
     }
@@ -238,11 +307,52 @@ impl Operation {
     const fn kind(&self) -> u8 {
         match self {
             Self::Database { .. } => KIND_DATABASE,
+            Self::Rename { .. } => KIND_RENAME,
+            Self::Drop { .. } => KIND_DROP,
             Self::Generation(_) => KIND_GENERATION,
+            Self::State { .. } => KIND_STATE,
+            Self::Wrapping(_) => KIND_WRAPPING,
             Self::Probe(_) => KIND_PROBE,
             Self::KeyUseAdd(_) => KIND_KEY_USE_ADD,
+            Self::KeyUseRaise { .. } => KIND_KEY_USE_RAISE,
+            Self::KeyUseRelease { .. } => KIND_KEY_USE_RELEASE,
         }
     }
+}
+
+fn decode_named(mut body: Reader<'_>) -> Result<(DatabaseId, SealedName), Refused> {
+    let database = DatabaseId::from_bytes(body.array()?);
+    let name = decode_name(body)?.ok_or(Malformed("a database has no name"))?;
+    Ok((database, name))
+}
+
+fn decode_state(mut body: Reader<'_>) -> Result<Operation, Malformed> {
+    let database = DatabaseId::from_bytes(body.array()?);
+    let generation = read_generation(&mut body)?;
+    let state = KeyState::from_byte(body.u8()?).ok_or(Malformed("a key's state is unknown"))?;
+    body.finish()?;
+    Ok(Operation::State { database, generation, state })
+}
+
+/// A cluster key is in the header: wrapping it anew rewrites the file.
+fn check_rewrapped(record: &Record) -> Result<(), Malformed> {
+    match record.purpose {
+        Purpose::Data | Purpose::Probe if record.state != KeyState::Destroyed => Ok(()),
+        _ => Err(Malformed("what is wrapped anew is neither a data key nor a probe")),
+    }
+}
+
+/// `kind u8 | 0^3 | owner 16 | database 16`.
+fn encode_owner(kind: OwnerKind, owner: OwnerId, database: DatabaseId, out: &mut Vec<u8>) {
+    out.extend([kind as u8, 0, 0, 0]);
+    out.extend(owner.0);
+    out.extend(database.to_bytes());
+}
+
+fn decode_owner(body: &mut Reader<'_>) -> Result<(OwnerKind, OwnerId, DatabaseId), Malformed> {
+    let kind = OwnerKind::from_byte(body.u8()?).ok_or(Malformed("a key use is of an unknown kind"))?;
+    body.zeros(3)?;
+    Ok((kind, OwnerId(body.array()?), DatabaseId::from_bytes(body.array()?)))
 }
 
 fn check_purpose(record: &Record, purpose: Purpose) -> Result<(), Malformed> {
@@ -292,19 +402,14 @@ fn decode_name(mut body: Reader<'_>) -> Result<Option<SealedName>, Malformed> {
 /// `kind u8 | 0^3 | owner 16 | database 16 | oldest generation u24 | 0 | name`.
 fn encode_key_use(key_use: &KeyUse, out: &mut Vec<u8>) -> Result<(), Malformed> {
     check_named(key_use)?;
-    out.extend([key_use.kind as u8, 0, 0, 0]);
-    out.extend(key_use.owner.0);
-    out.extend(key_use.database.to_bytes());
+    encode_owner(key_use.kind, key_use.owner, key_use.database, out);
     out.extend(generation_bytes(key_use.oldest));
     out.push(0);
     encode_name(key_use.name.as_ref(), out)
 }
 
 fn decode_key_use(mut body: Reader<'_>) -> Result<KeyUse, Malformed> {
-    let kind = OwnerKind::from_byte(body.u8()?).ok_or(Malformed("a key use is of an unknown kind"))?;
-    body.zeros(3)?;
-    let owner = OwnerId(body.array()?);
-    let database = DatabaseId::from_bytes(body.array()?);
+    let (kind, owner, database) = decode_owner(&mut body)?;
     let oldest = read_generation(&mut body)?;
     body.zeros(1)?;
     let key_use = KeyUse { kind, owner, database, oldest, name: decode_name(body)? };
@@ -331,6 +436,7 @@ mod tests {
             hierarchy: Hierarchy::ClusterKey,
             cluster: ClusterId::from_bytes([0xc1; 16]),
             sequence: 0x0102_0304_0506_0708,
+            whole: 0x1102_0304_0506_0708,
             record: cluster_record(Purpose::Cluster),
         }
     }
@@ -368,12 +474,20 @@ mod tests {
         }
     }
 
-    fn all_operations() -> [Operation; 4] {
+    fn all_operations() -> [Operation; 10] {
+        let database = DatabaseId::from_bytes([0xd2; 16]);
+        let KeyUse { kind, owner, oldest, .. } = key_use();
         [
-            Operation::Database { database: DatabaseId::from_bytes([0xd2; 16]), name: name() },
+            Operation::Database { database, name: name() },
             Operation::Generation(data_record(0xd2, 1)),
             Operation::Probe(cluster_record(Purpose::Probe)),
             Operation::KeyUseAdd(key_use()),
+            Operation::Rename { database, name: name() },
+            Operation::Drop { database },
+            Operation::State { database, generation: oldest, state: KeyState::Destroyed },
+            Operation::Wrapping(data_record(0xd2, 1)),
+            Operation::KeyUseRaise { kind, owner, database, oldest },
+            Operation::KeyUseRelease { kind, owner, database },
         ]
     }
 
@@ -382,6 +496,7 @@ mod tests {
         let mut golden = b"PGSEALK1\x00\x02\x00\x00\x01\x00\x00\x00".to_vec();
         golden.extend([0xc1; 16]);
         golden.extend([8, 7, 6, 5, 4, 3, 2, 1]);
+        golden.extend([8, 7, 6, 5, 4, 3, 2, 0x11]);
         golden.extend(record_bytes(&header().record));
         golden.resize(512, 0);
         assert_eq!(header().encode().unwrap(), golden);
@@ -390,7 +505,7 @@ mod tests {
 
     #[test]
     fn golden_operation_bytes() {
-        let [database, generation, probe, key_use] = all_operations();
+        let [database, generation, probe, key_use, rename, drop, state, wrapping, raise, release] = all_operations();
 
         let mut golden = b"\x01\x00\x00\x00\x35\x00\x00\x00".to_vec();
         golden.extend([0xd2; 16]);
@@ -414,6 +529,20 @@ mod tests {
         golden.extend([0x17; 32]);
         golden.extend([0x5a; 5]);
         assert_eq!(encoded(&key_use), golden);
+
+        let mut golden = encoded(&database);
+        golden[0] = 2;
+        assert_eq!(encoded(&rename), golden);
+        let mut golden = encoded(&generation);
+        golden[0] = 6;
+        assert_eq!(encoded(&wrapping), golden);
+        assert_eq!(encoded(&drop), [&b"\x03\x00\x00\x00\x10\x00\x00\x00"[..], &[0xd2; 16]].concat());
+        let golden = [&b"\x05\x00\x00\x00\x14\x00\x00\x00"[..], &[0xd2; 16], &[1, 2, 3, 3]].concat();
+        assert_eq!(encoded(&state), golden);
+        let owner = [&[2, 0, 0, 0][..], &[0x0e; 16], &[0xd2; 16]].concat();
+        let golden = [&b"\x09\x00\x00\x00\x28\x00\x00\x00"[..], &owner, &[1, 2, 3, 0]].concat();
+        assert_eq!(encoded(&raise), golden);
+        assert_eq!(encoded(&release), [&b"\x0a\x00\x00\x00\x24\x00\x00\x00"[..], &owner].concat());
 
         for operation in all_operations() {
             assert_eq!(decoded(&encoded(&operation)), Ok(operation));
@@ -491,7 +620,7 @@ mod tests {
 
     #[test]
     fn operations_of_unknown_kinds_are_refused_and_not_skipped() {
-        for kind in (0..=255u8).filter(|kind| ![1, 4, 7, 8].contains(kind)) {
+        for kind in (0..=255u8).filter(|kind| !(1..=10).contains(kind)) {
             let mut bytes = encoded(&all_operations()[0]);
             bytes[0] = kind;
             assert_eq!(decoded(&bytes), Err(Refused::UnknownOperation(kind)));
@@ -507,6 +636,8 @@ mod tests {
         assert!(Operation::Probe(data.clone()).encode(&mut Vec::new()).is_err());
         assert!(Operation::Generation(cluster_record(Purpose::Probe)).encode(&mut Vec::new()).is_err());
         assert!(Header { record: data, ..header() }.encode().is_err());
+        assert!(Operation::Wrapping(cluster_record(Purpose::Cluster)).encode(&mut Vec::new()).is_err());
+        assert!(Header { whole: header().sequence - 1, ..header() }.encode().is_err());
         let mut swapped = encoded(&all_operations()[1]);
         swapped[0] = KIND_PROBE;
         assert!(decoded(&swapped).is_err());

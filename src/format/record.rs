@@ -35,7 +35,7 @@ pub(crate) enum KeyState {
 }
 
 impl KeyState {
-    const fn from_byte(byte: u8) -> Option<Self> {
+    pub(crate) const fn from_byte(byte: u8) -> Option<Self> {
         match byte {
             1 => Some(Self::Active),
             2 => Some(Self::Retired),

@@ -9,7 +9,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -61,10 +61,13 @@ impl WrapRequest {
 }
 
 /// One wrapper, and the calls to it.
+#[derive(Clone)]
 pub(crate) struct Lane {
     id: MasterKeyId,
     wrapper: Arc<dyn KeyWrapper>,
-    crew: ArcSwap<Crew>,
+    crew: Arc<ArcSwap<Crew>>,
+    /// Of the calls in one run, how many were unreachable since the last that was not; outside a run nobody counts.
+    silence: Option<Arc<AtomicUsize>>,
 }
 
 impl Lane {
@@ -73,8 +76,21 @@ impl Lane {
     }
 
     fn bounded(wrapper: Arc<dyn KeyWrapper>, bound: usize) -> Self {
-        let crew = ArcSwap::from_pointee(Crew::new(bound, std::process::id()));
-        Self { id: wrapper.id(), wrapper: Arc::new(Patient(wrapper)), crew }
+        let crew = Arc::new(ArcSwap::from_pointee(Crew::new(bound, std::process::id())));
+        Self { id: wrapper.id(), wrapper: Arc::new(Patient(wrapper)), crew, silence: None }
+    }
+
+    /// The same lane for one run of many calls: once [`IN_FLIGHT`] in a row were unreachable, no further one is made, and
+    /// each is answered so at once. Else a service that hangs would cost its deadline again and again.
+    ///
+    /// A revocation could not be heard during an outage; in the rest of such a run it is not heard after one either.
+    pub(crate) fn for_one_run(&self) -> Self {
+        let silence = Some(self.silence.clone().unwrap_or_default());
+        Self { id: self.id.clone(), wrapper: Arc::clone(&self.wrapper), crew: Arc::clone(&self.crew), silence }
+    }
+
+    fn is_silent(&self) -> bool {
+        self.silence.as_ref().is_some_and(|silence| silence.load(Ordering::Relaxed) >= IN_FLIGHT)
     }
 
     /// The wrapper's master key, asked for once.
@@ -108,15 +124,20 @@ impl Lane {
             }
         };
         let crew = self.crew_of_this_process();
-        match crew.take_on(job) {
+        let id = &self.id;
+        let taken_on = if self.is_silent() {
+            Err(format!("master key {id} was not asked: the last {IN_FLIGHT} calls to it or more were unreachable"))
+        } else {
+            crew.take_on(job)
+                .map_err(|error| format!("no thread could be started for the call to master key {id}: {error}"))
+        };
+        match taken_on {
             Ok(TakenOn::Thread) => started.store(true, Ordering::Relaxed),
             Ok(TakenOn::Line) => {}
-            Err(error) => {
-                let text = format!("no thread could be started for the call to master key {}: {error}", self.id);
-                let _ = sender.send(Err(KmsError::with_source(KmsClass::Unreachable, text)));
-            }
+            Err(text) => _ = sender.send(Err(KmsError::with_source(KmsClass::Unreachable, text))),
         }
-        Pending { id: self.id.clone(), timeout: request.timeout, deadline, started, answer, crew }
+        let silence = self.silence.clone();
+        Pending { id: id.clone(), timeout: request.timeout, deadline, started, answer, crew, silence }
     }
 
     /// A forked child has none of its parent's threads, and perhaps its lock, held by one of them, for ever: it starts anew.
@@ -152,11 +173,23 @@ pub(crate) struct Pending<T> {
     started: Arc<AtomicBool>,
     answer: Receiver<Result<T, KmsError>>,
     crew: Arc<Crew>,
+    silence: Option<Arc<AtomicUsize>>,
 }
 
 impl<T> Pending<T> {
     /// Waits for the answer, until the deadline at most.
     pub(crate) fn wait(self) -> Result<T, KmsError> {
+        let outcome = self.outcome();
+        if let Some(silence) = &self.silence {
+            match &outcome {
+                Err(error) if error.class == KmsClass::Unreachable => _ = silence.fetch_add(1, Ordering::Relaxed),
+                _ => silence.store(0, Ordering::Relaxed),
+            }
+        }
+        outcome
+    }
+
+    fn outcome(&self) -> Result<T, KmsError> {
         let outcome = self.answer.recv_timeout(self.deadline.saturating_duration_since(Instant::now()));
         match outcome {
             Ok(answer) => answer,
@@ -363,6 +396,52 @@ mod tests {
         for pending in hanging {
             assert_eq!(class(pending.wait()), None);
         }
+    }
+
+    #[test]
+    fn only_as_many_unreachable_calls_in_a_row_as_may_be_in_flight_end_a_run() {
+        let wrapper = ScriptedWrapper::new("k");
+        let lane = lane(&wrapper);
+        let run = lane.for_one_run();
+        let asks = |lane: &Lane, count: usize| {
+            let before = wrapper.calls();
+            let calls: Vec<_> = (0..count).map(|_| start(lane, 60_000)).collect();
+            let classes: Vec<_> = calls.into_iter().map(|call| class(call.wait())).collect();
+            assert!(classes.iter().all(|class| *class == classes[0]), "{classes:?}");
+            (classes[0], wrapper.calls() - before)
+        };
+        let throttle = |key: &ScriptedWrapper| key.throttle(Duration::from_secs(70));
+        for other in [ScriptedWrapper::restore, ScriptedWrapper::disable, throttle] {
+            wrapper.unreachable();
+            // Each is repeated once.
+            assert_eq!(asks(&run, IN_FLIGHT - 1), (Some(KmsClass::Unreachable), 2 * (IN_FLIGHT as u64 - 1)));
+            other(&wrapper);
+            assert_ne!(asks(&run, 1).0, Some(KmsClass::Unreachable), "it was not asked, and could have answered");
+        }
+        assert_eq!(asks(&run, 2 * IN_FLIGHT), (Some(KmsClass::Throttled), 2 * IN_FLIGHT as u64));
+        wrapper.unreachable();
+        assert_eq!(asks(&run, IN_FLIGHT), (Some(KmsClass::Unreachable), 2 * IN_FLIGHT as u64));
+        wrapper.restore();
+        assert_eq!(asks(&run, 100), (Some(KmsClass::Unreachable), 0));
+        let error = start(&run.for_one_run(), 60_000).wait().unwrap_err();
+        assert!(error.to_string().contains("scripted:k was not asked"), "{error}");
+        for other in [&lane, &lane.for_one_run()] {
+            assert_eq!(asks(other, 1), (None, 1), "a run's silence is another's");
+        }
+    }
+
+    #[test]
+    fn a_late_answer_in_a_run_lets_it_ask_again() {
+        let wrapper = ScriptedWrapper::new("k");
+        wrapper.hang();
+        let run = lane(&wrapper).for_one_run();
+        let abandoned: Vec<_> = (0..IN_FLIGHT).map(|_| start(&run, 20)).collect();
+        let patient = start(&run, 60_000);
+        assert!(abandoned.into_iter().all(|call| class(call.wait()) == Some(KmsClass::Unreachable)));
+        assert_eq!(class(start(&run, 60_000).wait()), Some(KmsClass::Unreachable));
+        wrapper.restore();
+        assert_eq!(class(patient.wait()), None);
+        assert_eq!(class(start(&run, 60_000).wait()), None);
     }
 
     #[test]

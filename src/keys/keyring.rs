@@ -98,6 +98,14 @@ impl OpenKeys {
         Current { hold: self.hold.clone(), key: Arc::clone(self.newest()) }
     }
 
+    pub(crate) fn current_generation(&self) -> Generation {
+        self.newest().generation
+    }
+
+    pub(crate) fn generations(&self) -> Vec<Generation> {
+        self.keys.iter().map(|key| key.generation).collect()
+    }
+
     pub(crate) fn find(&self, generation: Generation) -> Option<Arc<LiveKey>> {
         let at = self.keys.binary_search_by_key(&generation, |key| key.generation).ok()?;
         Some(Arc::clone(&self.keys[at]))
@@ -110,7 +118,6 @@ impl OpenKeys {
 
 /// Why a keyring is closed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-#[allow(dead_code)] // used by the cluster's disabling and dropping
 pub(crate) enum Closed {
     /// The cluster is; it may come back.
     Disabled,
@@ -244,12 +251,37 @@ impl Keyring {
         })
     }
 
-    /// As [`Keyring::open_with`], if it is open.
+    /// If it is open: the keys of these generations, in ascending order, are all that there are now. Those that it has stay
+    /// what they are, the others are among `new`. Does nothing if it has a newer one: then `current` was read too early.
     ///
     /// # Errors
-    /// As [`Keyring::open_with`]; [`ErrorKind::Closed`] while it is closed.
-    pub(crate) fn replace(&self, keys: Vec<DataKey>, hold: Option<Hold>) -> Result<(), Error> {
-        self.put(keys, hold, |state| state.open().map(Some))
+    /// As [`Keyring::enter`]; [`ErrorKind::Damaged`] if a key is in neither.
+    pub(crate) fn follow(&self, current: &[Generation], new: Vec<DataKey>, hold: Option<Hold>) -> Result<(), Error> {
+        let new: Vec<_> = new.into_iter().map(LiveKey::new).collect();
+        let mut outcome = Ok(());
+        self.change(|state| {
+            let open = match state.open() {
+                Ok(open) => open,
+                Err(error) => {
+                    outcome = Err(error.into());
+                    return None;
+                }
+            };
+            if current.last().is_some_and(|&last| last < open.newest().generation) {
+                return None;
+            }
+            let found = |generation: Generation| {
+                open.find(generation).or_else(|| new.iter().find(|key| key.generation == generation).cloned())
+            };
+            let keys: Vec<_> = current.iter().filter_map(|&generation| found(generation)).collect();
+            if keys.is_empty() || keys.len() != current.len() {
+                let message = format!("database {} lacks a data key", self.database);
+                outcome = Err(Error::new(ErrorKind::Damaged, message));
+                return None;
+            }
+            Some(State::Open(Arc::new(OpenKeys { hold: hold.clone(), keys })))
+        });
+        outcome
     }
 
     /// Adds the next generation, which seals use from now on.
@@ -361,7 +393,6 @@ pub(crate) struct Closing(Vec<Weak<()>>);
 
 impl Closing {
     /// Waits until all of it is wiped; false if that took longer than `patience`.
-    #[allow(dead_code)] // used by the cluster's disabling and dropping
     pub(crate) fn wait(&self, patience: Duration) -> bool {
         const SPINS: u32 = 1_000;
         const NAP: Duration = Duration::from_micros(200);

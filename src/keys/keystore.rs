@@ -1,276 +1,208 @@
-//! The keystore: the wrapped keys of one cluster, in one append-only file that is believed only after its MACs.
+//! The keystore: the wrapped keys of one cluster, believed only after their MACs.
 //!
-//! [`UnverifiedKeystore`] has read the file and believes nothing. [`UnverifiedKeystore::verify`] takes the MAC key, which
+//! [`UnverifiedKeystore`] has read both copies and believes nothing. [`UnverifiedKeystore::verify`] takes the MAC key, which
 //! comes out of the cluster record by way of a master key, and checks header, chain and every operation; only the
-//! [`Keystore`] that it returns has a [`Catalogue`] and can append.
+//! [`Keystore`] that it returns has a [`Catalogue`] and can change.
 //!
-//! What the MACs do not show: whoever can write the file can put an older state of it back, or cut groups off its end.
-//! Neither can be told from a crash before the later appends, without an anchor elsewhere. So what verifies is always an
-//! unaltered beginning of the keystore's history. Cut after a group, the file is simply older; cut within a group, or
-//! with its last group damaged, it looks like the torn tail of an append that was never acknowledged, and that group is
-//! dropped. A damaged group that a later one says was synced is an error that names the place.
-//!
-//! The caller keeps other processes out (a lock on the cluster). Here it is only noticed if the file's length changed.
+//! A change is one group appended to both copies. What must leave the files (a destroyed or dropped key, an old wrapping,
+//! another cluster record) is a rewrite: both files are made anew and renamed. The caller holds the cluster's lock, and
+//! calls [`Keystore::catch_up`] under it before each change: other processes may have made theirs.
 
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeMap;
-use std::fmt;
 use std::io;
-use std::mem;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::aead::{constant_time_eq, hmac_sha256};
+use crate::aead::HmacKey;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::group::{self, HEAD_COVERED, HEAD_LEN, HEAD_TAG_AT, Head, SECTOR};
-use crate::format::keystore::{
-    HEADER_MAC_LEN, Header, Hierarchy, KeyUse, Operation, OwnerId, OwnerKind, Refused, SealedName,
-};
-use crate::format::page::{NONCE_LEN, TAG_LEN};
-use crate::format::reader::{Malformed, Reader};
-use crate::format::record::{KeyState, Record};
-use crate::ids::{ClusterId, DatabaseId, Generation};
-use crate::secret::SecretKey;
-use crate::storage::disk::{Disk, RealDisk, Stat};
+use crate::format::keystore::{Header, Hierarchy, Operation};
+use crate::format::reader::Malformed;
+use crate::format::record::Record;
+use crate::ids::ClusterId;
+use crate::keys::catalogue::{Catalogue, Conflict};
+use crate::keys::chain::{self, CopyState, Fault, Tag, Tip, Verified};
+use crate::keys::store::{Durability, KeystoreStore, Version, Versions, store_failed};
 
-const FILE_NAME: &str = "keystore";
-/// The longest keystore: about a million databases. Read before anything is authenticated, so it is bounded.
-const MAX_FILE_LEN: usize = 1 << 30;
-/// The longest body of one group.
-const MAX_BODY_LEN: u32 = 16 << 20;
+/// What an import adds to the sequence: files that have seen later changes of the lost keystore must open with it, and no
+/// keystore makes so many changes.
+const IMPORT_JUMP: u64 = 1 << 32;
+/// A keystore is compacted when it has this many groups more than four for each thing that it holds.
+const SPARE_GROUPS: usize = 1024;
 
-type Tag = [u8; TAG_LEN];
-
-/// A keystore as it was found on disk. Nothing that it says is authenticated: its cluster id only tells which keystore
-/// it claims to be, and its cluster record only what to ask a master key to unwrap.
+/// Both copies of a keystore as they were read. Nothing that they say is authenticated: their cluster id only tells which
+/// keystore they claim to be, and their cluster record only what to ask a master key to unwrap.
 pub(crate) struct UnverifiedKeystore {
-    disk: Arc<dyn Disk>,
-    path: PathBuf,
-    bytes: Vec<u8>,
-    header: Header,
-    header_len: usize,
+    store: Arc<dyn KeystoreStore>,
+    copies: [Option<(Version, Vec<u8>)>; 2],
+    headers: Vec<Header>,
 }
 
 impl UnverifiedKeystore {
-    /// Reads the keystore in `dir`, and of its content the header. Writes nothing.
+    /// Reads both copies, and of their content the headers. Writes nothing.
     ///
     /// # Errors
-    /// [`ErrorKind::NotFound`] if there is none, [`ErrorKind::Damaged`] if it has no header, [`ErrorKind::Unsupported`] if
-    /// its header is of a version that this build does not know, [`ErrorKind::Io`].
-    pub(crate) fn read(dir: &Path) -> Result<Self> {
-        Self::read_on(Arc::new(RealDisk), dir)
+    /// [`ErrorKind::NotFound`] if there is none, [`ErrorKind::Damaged`] if none has a header, [`ErrorKind::Unsupported`] if
+    /// it is of a version that this build does not know, [`ErrorKind::Io`].
+    pub(crate) fn read(store: Arc<dyn KeystoreStore>) -> Result<Self> {
+        let copies = [read_copy(&*store, 0)?, read_copy(&*store, 1)?];
+        Self::from_copies(store, copies)
     }
 
-    fn read_on(disk: Arc<dyn Disk>, dir: &Path) -> Result<Self> {
-        let path = dir.join(FILE_NAME);
-        let bytes = disk.read(&path, MAX_FILE_LEN as u64).map_err(|error| match error.kind() {
-            io::ErrorKind::NotFound => {
-                let message =
-                    format!("there is no keystore {}; check the directory, or create the cluster", path.display());
-                Error::with_source(ErrorKind::NotFound, message, error)
+    /// An exported keystore, to be put into `store`.
+    pub(crate) fn exported(store: Arc<dyn KeystoreStore>, bytes: Vec<u8>) -> Result<Self> {
+        let version = Version { file: 0, len: bytes.len() as u64 };
+        Self::from_copies(store, [Some((version, bytes)), None])
+    }
+
+    fn from_copies(store: Arc<dyn KeystoreStore>, copies: [Option<(Version, Vec<u8>)>; 2]) -> Result<Self> {
+        if copies.iter().all(Option::is_none) {
+            let message = format!("there is no keystore {}; check the directory, or create the cluster", store.name(0));
+            return Err(Error::new(ErrorKind::NotFound, message));
+        }
+        let mut headers: Vec<Header> = Vec::new();
+        let mut refused = None;
+        for (which, copy) in copies.iter().enumerate() {
+            let Some((_, bytes)) = copy else { continue };
+            match Header::decode(bytes) {
+                Ok((header, _)) if headers.contains(&header) => {}
+                Ok((header, _)) => headers.push(header),
+                Err(why) => {
+                    // If the other copy can be read, the MACs will tell a newer version's header from a damaged one.
+                    let error = Fault::of_header(why).into_error(&store.name(which));
+                    if refused.is_none() || error.kind() == ErrorKind::Unsupported {
+                        refused = Some(error);
+                    }
+                }
             }
-            io::ErrorKind::FileTooLarge => damaged(&path, MAX_FILE_LEN, "the file is longer than 1 GiB"),
-            _ => Error::io(format_args!("reading the keystore {}", path.display()), error),
-        })?;
-        let (header, header_len) = Header::decode(&bytes).map_err(|refused| refusal(&path, 0, refused))?;
-        Ok(Self { disk, path, bytes, header, header_len })
+        }
+        headers.sort_by_key(|header| std::cmp::Reverse(header.sequence));
+        match refused {
+            Some(error) if headers.is_empty() => Err(error),
+            _ => Ok(Self { store, copies, headers }),
+        }
     }
 
-    /// Which cluster the keystore claims to be. Unauthenticated.
-    pub(crate) fn cluster_id(&self) -> ClusterId {
-        self.header.cluster
+    /// What the copies claim: one header, or two where they differ, the newer first. Unauthenticated: unwrap their records
+    /// under configured master keys only.
+    pub(crate) fn headers(&self) -> &[Header] {
+        &self.headers
     }
 
-    /// The wrapped cluster key and identity key. Unauthenticated: unwrap it under configured master keys only.
-    pub(crate) fn cluster_record(&self) -> &Record {
-        &self.header.record
+    /// Forgets the copies that claim to be of another cluster.
+    pub(crate) fn retain(&mut self, cluster: ClusterId) {
+        self.headers.retain(|header| header.cluster == cluster);
     }
 
-    /// What the master keys wrap. Unauthenticated.
-    pub(crate) fn hierarchy(&self) -> Hierarchy {
-        self.header.hierarchy
-    }
-
-    /// Checks the header, all groups and all operations under `mac`, the key derived from the identity key for it.
-    /// Writes nothing; a torn tail is left out, and removed from the file by the first append.
+    /// Checks header, groups and operations of both copies under the MAC key. Writes nothing.
     ///
     /// # Errors
-    /// [`ErrorKind::Authentication`] if the header is not of this key, [`ErrorKind::Damaged`] with the byte where the
+    /// [`ErrorKind::Authentication`] if the headers are not of this key, [`ErrorKind::Damaged`] with the byte where the
     /// history is broken, [`ErrorKind::Unsupported`] for an operation that this version does not know.
-    pub(crate) fn verify(self, mac: SecretKey) -> Result<Keystore> {
-        let Self { disk, path, mut bytes, header, header_len } = self;
-        let mac = Mac::new(mac, &header);
-        let (covered, stored) = bytes[..header_len].split_at(header_len - HEADER_MAC_LEN);
-        let computed = mac.header(covered)?;
-        if !constant_time_eq(&computed, stored) {
-            let message = format!(
-                "the header of keystore {}, bytes 0 to {header_len}, was not written under this cluster's identity key: \
-                 damaged or substituted; restore the keystore from a copy",
-                path.display()
-            );
-            return Err(Error::new(ErrorKind::Authentication, message));
-        }
-        let mut keystore = Keystore::empty(disk, path, header, mac, Tip::after_header(header_len, &computed));
-        let mut last = header_len;
-        while keystore.tip.end < bytes.len() {
-            let at = keystore.tip.end;
-            if !keystore.admit_group(&bytes, at)? {
-                keystore.refuse_if_synced(&bytes, at)?;
-                bytes.truncate(at);
-                keystore.unsettled = Unsettled::TornTail(bytes);
-                return Ok(keystore);
-            }
-            last = at;
-        }
-        keystore.unsettled = Unsettled::LastGroup { at: last, bytes: bytes.split_off(last) };
-        Ok(keystore)
+    pub(crate) fn verify(self, mac: &HmacKey) -> Result<Keystore> {
+        let unfinished = self.store.is_unfinished()?;
+        let verified = verify_copies(&*self.store, mac, &self.copies)?;
+        let versions = self.copies.map(|copy| copy.map(|(version, _)| version));
+        Ok(Keystore::adopt(self.store, verified, versions, unfinished))
     }
 }
 
-/// A verified keystore. One handle; the caller serialises changes.
+fn read_copy(store: &dyn KeystoreStore, which: usize) -> Result<Option<(Version, Vec<u8>)>> {
+    store.read(which).map_err(|error| match error.kind() {
+        io::ErrorKind::FileTooLarge => Fault::too_long().into_error(&store.name(which)),
+        _ => store_failed("reading", &store.name(which), error),
+    })
+}
+
+fn bytes_of(copies: &[Option<(Version, Vec<u8>)>; 2]) -> [Option<&[u8]>; 2] {
+    copies.each_ref().map(|copy| copy.as_ref().map(|(_, bytes)| bytes.as_slice()))
+}
+
+fn verify_copies(
+    store: &dyn KeystoreStore,
+    mac: &HmacKey,
+    copies: &[Option<(Version, Vec<u8>)>; 2],
+) -> Result<Verified> {
+    let bytes = bytes_of(copies);
+    let which = usize::from(bytes[0].is_none());
+    mac.with(|hmac| chain::verify(hmac, bytes))?.map_err(|fault| fault.into_error(&store.name(which)))
+}
+
+/// A verified keystore. One handle in a process; the caller serialises changes, here and with other processes.
 pub(crate) struct Keystore {
-    disk: Arc<dyn Disk>,
-    path: PathBuf,
+    store: Arc<dyn KeystoreStore>,
     header: Header,
-    mac: Mac,
     catalogue: Catalogue,
     tip: Tip,
-    unsettled: Unsettled,
-    /// A write or sync failed: nobody knows what is on the disk, so this handle writes no more.
-    poisoned: bool,
-}
-
-/// Where the next group goes, and what it chains to.
-#[derive(Clone, Copy)]
-struct Tip {
-    end: usize,
-    seq: u64,
-    tag: Tag,
-}
-
-impl Tip {
-    fn after_header(len: usize, mac: &[u8; HEADER_MAC_LEN]) -> Self {
-        Self { end: len, seq: 0, tag: first_bytes(mac) }
-    }
-}
-
-/// What the first append after opening must do before it: the process before us may have ended after a failed sync.
-/// Then the kernel shows us bytes that the disk does not have and that no later sync would write.
-enum Unsettled {
-    No,
-    /// The verified beginning of the file, to be put in its place.
-    TornTail(Vec<u8>),
-    /// The last group, the only one that no later group calls synced: to be written again in place, with the same bytes.
-    LastGroup {
-        at: usize,
-        bytes: Vec<u8>,
-    },
-}
-
-fn refuse_existing(disk: &dyn Disk, path: &Path) -> Result<()> {
-    let exists = disk.exists(path);
-    if exists.map_err(|error| Error::io(format_args!("looking for the keystore {}", path.display()), error))? {
-        let message = format!("there is a keystore {} already; open it, or choose another directory", path.display());
-        return Err(Error::new(ErrorKind::AlreadyExists, message));
-    }
-    Ok(())
-}
-
-/// A validated change, ready to be written.
-struct Change {
-    added: Catalogue,
-    group: Vec<u8>,
-    tip: Tip,
+    tags: Vec<Tag>,
+    versions: Versions,
+    copies: [CopyState; 2],
+    /// Both copies are whole and durable: a group may be appended.
+    settled: bool,
+    /// What was read is on the disk, in one copy at least: nobody ended in the middle of writing it.
+    durable: bool,
+    /// A write failed: nobody knows what is on the disk, so it is read again before anything else.
+    unsure: bool,
 }
 
 impl Keystore {
-    /// Makes the keystore in `dir`, with these operations as its first group. It exists whole and durably, or not at all.
+    /// Makes the keystore, with these operations. It exists whole and durably, or not at all.
     ///
     /// # Errors
-    /// [`ErrorKind::AlreadyExists`]; [`ErrorKind::Io`], after which the keystore may exist (whole) or not; the errors of
-    /// [`Keystore::append`].
-    pub(crate) fn create(dir: &Path, header: Header, first: Vec<Operation>, mac: SecretKey) -> Result<Self> {
-        Self::create_on(Arc::new(RealDisk), dir, header, first, mac)
-    }
-
-    /// Refuses a directory that holds a keystore already. [`Keystore::create`] asks too; this is for those who have work
-    /// to do before, such as calling a key service.
-    pub(crate) fn check_absent(dir: &Path) -> Result<()> {
-        refuse_existing(&RealDisk, &dir.join(FILE_NAME))
-    }
-
-    fn create_on(
-        disk: Arc<dyn Disk>,
-        dir: &Path,
+    /// [`ErrorKind::AlreadyExists`]; [`ErrorKind::Invalid`] for operations that do not fit; [`ErrorKind::Io`], after which
+    /// the keystore may exist (whole) or not.
+    pub(crate) fn create(
+        store: Arc<dyn KeystoreStore>,
         header: Header,
         first: Vec<Operation>,
-        mac: SecretKey,
+        mac: &HmacKey,
     ) -> Result<Self> {
-        let path = dir.join(FILE_NAME);
-        let mac = Mac::new(mac, &header);
-        let mut bytes = header.encode().map_err(|rule| unwritable(&path, rule))?;
-        let covered = bytes.len() - HEADER_MAC_LEN;
-        let header_mac = mac.header(&bytes[..covered])?;
-        bytes[covered..].copy_from_slice(&header_mac);
-        let tip = Tip::after_header(bytes.len(), &header_mac);
-        let mut keystore = Self::empty(disk, path, header, mac, tip);
-        if !first.is_empty() {
-            let change = keystore.prepare(first)?;
-            bytes.extend(&change.group);
-            keystore.accept(change);
-        }
-        keystore.publish_new(&bytes)?;
-        Ok(keystore)
+        let mut catalogue = Catalogue::default();
+        catalogue.apply(first.clone()).map_err(|conflict| misfit(&*store, &conflict))?;
+        catalogue.keep();
+        let (bytes, verified) = write_checked(&*store, mac, header, &catalogue)?;
+        let versions = store.create(&bytes).map_err(|error| match error.kind() {
+            io::ErrorKind::AlreadyExists => {
+                let message =
+                    format!("there is a keystore {} already; open it, or choose another directory", store.name(0));
+                Error::new(ErrorKind::AlreadyExists, message)
+            }
+            _ => store_failed("creating", &store.name(0), error),
+        })?;
+        Ok(Self::adopt(store, verified, versions, false))
     }
 
-    fn publish_new(&self, bytes: &[u8]) -> Result<()> {
-        refuse_existing(&*self.disk, &self.path)?;
-        let replaced = self.disk.replace(&self.path, bytes);
-        replaced.map_err(|error| Error::io(format_args!("creating the keystore {}", self.path.display()), error))
+    fn adopt(store: Arc<dyn KeystoreStore>, verified: Verified, versions: Versions, unfinished: bool) -> Self {
+        let settled = is_settled(&verified, unfinished);
+        let Verified { header, catalogue, tip, tags, copies, .. } = verified;
+        Self { store, header, catalogue, tip, tags, versions, copies, settled, durable: !unfinished, unsure: false }
     }
 
-    fn empty(disk: Arc<dyn Disk>, path: PathBuf, header: Header, mac: Mac, tip: Tip) -> Self {
-        let tip = Tip { seq: header.sequence, ..tip };
-        let catalogue = Catalogue::default();
-        Self { disk, path, header, mac, catalogue, tip, unsettled: Unsettled::No, poisoned: false }
-    }
-
-    /// Adds operations, all or none: durable when it returns. The operations are checked first; if they contradict the
-    /// catalogue or each other, nothing is written. No operations are no change.
-    ///
-    /// # Errors
-    /// [`ErrorKind::AlreadyExists`], [`ErrorKind::NotFound`] or [`ErrorKind::Invalid`] for operations that do not fit;
-    /// [`ErrorKind::Io`] if writing failed: then the change may be durable or not, and every further append is refused,
-    /// until the keystore is opened again.
-    pub(crate) fn append(&mut self, operations: Vec<Operation>) -> Result<()> {
-        if self.poisoned {
-            let message =
-                format!("an earlier write to keystore {} failed; open the cluster again", self.path.display());
-            return Err(Error::new(ErrorKind::Io, message));
-        }
-        if operations.is_empty() {
-            return Ok(());
-        }
-        let change = self.prepare(operations)?;
-        // Set before the first write, so that a panic below leaves it set too.
-        self.poisoned = true;
-        self.write(&change.group)
-            .map_err(|error| Error::io(format_args!("writing the keystore {}", self.path.display()), error))?;
-        self.poisoned = false;
-        self.accept(change);
-        Ok(())
-    }
-
-    /// The databases, keys and users, as of the last append.
+    /// The databases, keys and users, as of the last change.
     pub(crate) fn catalogue(&self) -> &Catalogue {
         &self.catalogue
     }
 
-    /// The number of the last change.
-    pub(crate) fn sequence(&self) -> u64 {
-        self.tip.seq
+    /// The number of the last change, and its tag.
+    pub(crate) fn position(&self) -> (u64, Tag) {
+        (self.tip.seq, self.tip.tag)
+    }
+
+    /// The number of the last change that is in it. A file that was written whole ends with changes of its own that add
+    /// nothing: an export's last number is higher than that of the keystore it was made from.
+    pub(crate) fn as_of(&self) -> u64 {
+        if self.tip.seq == self.header.whole { self.header.sequence } else { self.tip.seq }
+    }
+
+    /// Whether this history has the change of this number and tag. A change before the last rewrite is believed: its tag is
+    /// not known any more.
+    pub(crate) fn has(&self, seq: u64, tag: &Tag) -> bool {
+        seq <= self.tip.seq && self.tag_of(seq).is_none_or(|known| known == tag)
+    }
+
+    fn tag_of(&self, seq: u64) -> Option<&Tag> {
+        let at = seq.checked_sub(self.header.sequence)?;
+        self.tags.get(usize::try_from(at).ok()?)
     }
 
     /// The wrapped cluster key and identity key.
@@ -278,435 +210,331 @@ impl Keystore {
         &self.header.record
     }
 
-    /// Whether the file ends in a torn append, which is not part of the catalogue and which the next append removes.
-    pub(crate) fn has_torn_tail(&self) -> bool {
-        matches!(self.unsettled, Unsettled::TornTail(_))
+    pub(crate) fn hierarchy(&self) -> Hierarchy {
+        self.header.hierarchy
     }
 
-    fn prepare(&self, operations: Vec<Operation>) -> Result<Change> {
-        let mut body = Vec::new();
-        operations
-            .iter()
-            .try_for_each(|operation| operation.encode(&mut body))
-            .map_err(|rule| unwritable(&self.path, rule))?;
-        let added = self
-            .catalogue
-            .with(operations)
-            .map_err(|conflict| Error::new(conflict.kind, format!("keystore {}: {conflict}", self.path.display())))?;
-        let length = u32::try_from(body.len()).ok().filter(|&length| length <= MAX_BODY_LEN);
-        let length =
-            length.ok_or_else(|| unwritable(&self.path, Malformed("a change is longer than 16 MiB; split it")))?;
-        let end = self.tip.end + group::group_len(length);
-        let seq = self.tip.seq.checked_add(1).filter(|_| end <= MAX_FILE_LEN);
-        let seq =
-            seq.ok_or_else(|| unwritable(&self.path, Malformed("it would grow beyond 1 GiB; split the cluster")))?;
-        let (group, tag) = self.mac.seal_group(seq, &self.tip.tag, length, &body)?;
-        Ok(Change { added, group, tip: Tip { end, seq, tag } })
+    /// What was wrong with the two copies when they were read, last.
+    pub(crate) fn copies(&self) -> &[CopyState; 2] {
+        &self.copies
     }
 
-    /// Changes the memory only.
-    fn accept(&mut self, change: Change) {
-        self.catalogue.merge(change.added);
-        self.tip = change.tip;
+    pub(crate) fn copy_name(&self, which: usize) -> String {
+        self.store.name(which)
     }
 
-    fn write(&mut self, group: &[u8]) -> io::Result<()> {
-        self.settle()?;
-        self.write_at(self.tip.end, group)
-    }
-
-    fn write_at(&self, at: usize, bytes: &[u8]) -> io::Result<()> {
-        let file = self.disk.stat(&self.path)?.ok_or(io::ErrorKind::NotFound)?;
-        let expected = Stat { len: self.tip.end as u64, ..file };
-        self.disk.write_at(&self.path, expected, at as u64, bytes, true)
-    }
-
-    /// Makes durable what was read at opening, which the next group's `synced` will promise.
-    fn settle(&mut self) -> io::Result<()> {
-        match mem::replace(&mut self.unsettled, Unsettled::No) {
-            Unsettled::No => Ok(()),
-            Unsettled::TornTail(bytes) => {
-                self.keep_tail(bytes.len())?;
-                self.disk.replace(&self.path, &bytes)
-            }
-            Unsettled::LastGroup { at, bytes } => {
-                if !bytes.is_empty() {
-                    self.write_at(at, &bytes)?;
-                }
-                // The file's own name may be the part that was never synced.
-                self.disk.sync_dir(self.path.parent().unwrap_or(Path::new("")))
+    /// What was wrong stays known after it was put right.
+    fn remember(&mut self, found: [CopyState; 2]) {
+        for (known, found) in self.copies.iter_mut().zip(found) {
+            if found != CopyState::Intact {
+                *known = found;
             }
         }
     }
 
-    /// Copies what does not verify into a file of its own before it goes. Nearly always it is an append that a crash tore;
-    /// but a key that was acknowledged last, and damaged since, looks the same and must not be lost for good.
-    fn keep_tail(&self, verified: usize) -> io::Result<()> {
-        let whole = self.disk.read(&self.path, MAX_FILE_LEN as u64)?;
-        // Under a name of its own: what an earlier damage left is not replaced.
-        let mut kept = self.path.with_extension(format!("torn-{}", self.tip.seq + 1));
-        let mut again = 1;
-        while self.disk.exists(&kept)? {
-            again += 1;
-            kept = self.path.with_extension(format!("torn-{}-{again}", self.tip.seq + 1));
-        }
-        self.disk.write_new(&kept, whole.get(verified..).unwrap_or_default())?;
-        self.disk.sync_dir(self.path.parent().unwrap_or(Path::new("")))
+    /// Whether both copies are whole and durable, as far as is known.
+    pub(crate) fn is_settled(&self) -> bool {
+        self.settled && !self.unsure
     }
 
-    /// Verifies and applies the group at `at`. False if it does not verify or is cut: its bytes are not what was written.
+    /// Whether a power cut leaves all that was read. Until it does, nothing may be sealed under a key out of it.
+    pub(crate) fn is_durable(&self) -> bool {
+        self.durable && !self.unsure
+    }
+
+    /// Whether [`Keystore::catch_up`] would find anything, without reading it.
+    pub(crate) fn is_behind(&self) -> Result<bool> {
+        Ok(self.unsure || self.versions()? != self.versions || (self.settled && self.store.is_unfinished()?))
+    }
+
+    /// Takes over what other processes changed. The caller holds the cluster's lock. True if anything was.
     ///
     /// # Errors
-    /// For a group that was written under our key and yet does not belong here.
-    fn admit_group(&mut self, file: &[u8], at: usize) -> Result<bool> {
-        let Some((head, tag)) = self.authentic_head(file, at)? else {
-            return Ok(false);
-        };
-        self.check_place(&head, at)?;
-        let Ok(body) = group::body_of(&file[at..], head.length) else {
-            return Ok(false);
-        };
-        if !constant_time_eq(&self.mac.body(head.seq, body)?, &head.body_tag) {
+    /// [`ErrorKind::KeystoreStale`] if somebody put an older keystore in its place; those of [`UnverifiedKeystore::verify`].
+    pub(crate) fn catch_up(&mut self, mac: &HmacKey) -> Result<bool> {
+        let unfinished = self.store.is_unfinished()?;
+        let now = self.versions()?;
+        if !self.unsure && now == self.versions && !(unfinished && self.settled) {
             return Ok(false);
         }
-        self.apply(body, at + HEAD_LEN)?;
-        self.tip = Tip { end: at + group::group_len(head.length), seq: head.seq, tag };
-        Ok(true)
+        if !self.unsure && !unfinished && self.settled && self.grew_to(&now) && self.follow_on(mac, &now)? {
+            return Ok(true);
+        }
+        self.reload(mac).map(|_| true)
     }
 
-    /// The head at `at`, with its tag, if it is one of ours, wherever it belongs.
-    fn authentic_head(&self, file: &[u8], at: usize) -> Result<Option<(Head, Tag)>> {
-        let Some(bytes) = file.get(at..).and_then(<[u8]>::first_chunk::<HEAD_LEN>) else {
-            return Ok(None);
-        };
-        // The nonce stands outside what the tag covers: it is zero, or the head was changed.
-        if !bytes.starts_with(&group::MAGIC) || bytes[HEAD_COVERED..HEAD_TAG_AT] != [0; NONCE_LEN] {
-            return Ok(None);
-        }
-        let (covered, stored) = group::covered_and_tag(bytes);
-        let tag = self.mac.head(covered)?;
-        if !constant_time_eq(&tag, stored) {
-            return Ok(None);
-        }
-        let head = Head::decode(bytes, MAX_BODY_LEN).map_err(|rule| refusal(&self.path, at, rule.into()))?;
-        if head.end || head.sealed_length != 0 || head.body_nonce != [0; NONCE_LEN] {
-            return Err(refusal(&self.path, at, Malformed("the group has fields that no keystore has").into()));
-        }
-        Ok(Some((head, tag)))
+    fn versions(&self) -> Result<Versions> {
+        self.store.versions().map_err(|error| store_failed("looking at", &self.store.name(0), error))
     }
 
-    fn check_place(&self, head: &Head, at: usize) -> Result<()> {
-        let expected = self.tip.seq.checked_add(1);
-        if expected != Some(head.seq) {
-            let what =
-                format!("change {} stands where the one after {} belongs: groups were moved", head.seq, self.tip.seq);
-            return Err(damaged(&self.path, at, what));
+    /// Whether both files are those known, and longer by the same.
+    fn grew_to(&self, now: &Versions) -> bool {
+        match (now, &self.versions) {
+            ([Some(a), Some(b)], [Some(known), Some(other)]) => {
+                (a.file, b.file) == (known.file, other.file) && a.len == b.len && a.len > known.len
+            }
+            _ => false,
         }
-        if head.previous != self.tip.tag {
-            return Err(damaged(&self.path, at, format!("change {} belongs to another history", head.seq)));
+    }
+
+    /// Reads what was appended. False if it does not verify to its end: then both copies are read whole.
+    fn follow_on(&mut self, mac: &HmacKey, now: &Versions) -> Result<bool> {
+        let read = self.store.read_from(self.tip.end as u64);
+        let bytes = read.map_err(|error| store_failed("reading", &self.store.name(0), error))?;
+        // If the catalogue is left between two changes, all is read again.
+        self.unsure = true;
+        let (header, catalogue, tags, tip) = (&self.header, &mut self.catalogue, &mut self.tags, self.tip);
+        let followed = mac.with(|hmac| chain::follow_on(hmac, header, catalogue, tags, tip, &bytes))?;
+        match followed {
+            Ok(tip) if now[0].is_some_and(|version| version.len == tip.end as u64) => {
+                self.tip = tip;
+                self.versions = *now;
+                self.unsure = false;
+                Ok(true)
+            }
+            _ => Ok(false),
         }
-        // Each append syncs before it returns.
-        if head.synced != self.tip.seq {
-            return Err(damaged(
-                &self.path,
-                at,
-                format!("change {} contradicts itself about what was synced", head.seq),
-            ));
+    }
+
+    /// Reads and verifies both copies anew.
+    fn reload(&mut self, mac: &HmacKey) -> Result<Reloaded> {
+        let unfinished = self.store.is_unfinished()?;
+        let copies = [read_copy(&*self.store, 0)?, read_copy(&*self.store, 1)?];
+        if copies.iter().all(Option::is_none) {
+            let message = format!("the keystore {} is gone; restore it from a copy", self.store.name(0));
+            return Err(Error::new(ErrorKind::NotFound, message));
         }
+        let verified = verify_copies(&*self.store, mac, &copies)?;
+        if !self.continues_in(&verified) {
+            return Err(self.went_back(&verified));
+        }
+        self.settled = is_settled(&verified, unfinished);
+        self.durable = !unfinished;
+        self.versions = copies.each_ref().map(|copy| copy.as_ref().map(|(version, _)| *version));
+        let bytes = verified.bytes(bytes_of(&copies)).to_vec();
+        let Verified { header, catalogue, tip, tags, copies: states, .. } = verified;
+        (self.header, self.catalogue, self.tip, self.tags) = (header, catalogue, tip, tags);
+        self.remember(states.clone());
+        self.unsure = false;
+        Ok(Reloaded { bytes, copies: copies.map(|copy| copy.map(|(_, bytes)| bytes)), states })
+    }
+
+    /// Whether `verified` is what became of this history.
+    fn continues_in(&self, verified: &Verified) -> bool {
+        let known = self.tip.seq.checked_sub(verified.header.sequence).and_then(|at| usize::try_from(at).ok());
+        match known.map(|at| verified.tags.get(at)) {
+            // It was rewritten since.
+            None => true,
+            Some(tag) => tag == Some(&self.tip.tag),
+        }
+    }
+
+    fn went_back(&self, verified: &Verified) -> Error {
+        let message = format!(
+            "the keystore {} was put back to change {}, this process has seen change {} of another or a longer history; \
+             put the newest keystore back",
+            self.store.name(0),
+            verified.tip.seq,
+            self.tip.seq
+        );
+        Error::new(ErrorKind::KeystoreStale, message)
+    }
+
+    /// Makes both copies whole and durable, if one is not. The caller holds the cluster's lock.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`], after which nothing is lost; those of [`Keystore::catch_up`].
+    pub(crate) fn settle(&mut self, mac: &HmacKey) -> Result<()> {
+        if self.is_settled() {
+            return Ok(());
+        }
+        let read = self.reload(mac)?;
+        self.keep_damaged(&read)?;
+        self.unsure = true;
+        let replaced = self.store.replace(&self.versions, &read.bytes);
+        self.versions = replaced.map_err(|error| store_failed("repairing", &self.store.name(0), error))?;
+        (self.settled, self.durable, self.unsure) = (true, true, false);
         Ok(())
     }
 
-    /// The group at `at` does not verify. If any head after it says that it was synced, it was acknowledged: damage.
-    fn refuse_if_synced(&self, file: &[u8], at: usize) -> Result<()> {
-        let bad = self.tip.seq.saturating_add(1);
-        for later in (at..file.len()).step_by(SECTOR).skip(1) {
-            if let Some((head, _)) = self.authentic_head(file, later)?
-                && head.seq > bad
-                && head.synced >= bad
-            {
-                let what =
-                    format!("change {bad} does not verify, and change {} at byte {later} says it was synced", head.seq);
-                return Err(damaged(&self.path, at, what));
+    /// Keeps aside what is about to go, unless the other copy shows that nothing is lost with it.
+    fn keep_damaged(&self, Reloaded { copies, states, .. }: &Reloaded) -> Result<()> {
+        for (which, state) in states.iter().enumerate() {
+            // A crash tears one copy at a time, nearly always: if both are torn, it may have been none.
+            let vouched = matches!(states[1 - which], CopyState::Intact | CopyState::Short | CopyState::Older);
+            let keep = match state {
+                CopyState::Damaged(_) => true,
+                CopyState::Torn => !vouched,
+                _ => false,
+            };
+            if let (true, Some(bytes)) = (keep, &copies[which]) {
+                let kept = self.store.keep_aside(bytes, self.tip.seq);
+                kept.map_err(|error| store_failed("keeping a damaged copy of", &self.store.name(which), error))?;
             }
         }
         Ok(())
     }
 
-    /// Applies the operations of an authentic body, which begins at `at`. They can still be wrong, if who wrote them was.
-    fn apply(&mut self, body: &[u8], at: usize) -> Result<()> {
-        let mut reader = Reader::new(body);
-        let mut staged = Staged::on(&self.catalogue);
-        if reader.is_empty() {
-            return Err(refusal(&self.path, at, Malformed("the group is empty").into()));
+    /// Adds operations, all or none: durable when it returns. The operations are checked first; if they contradict the
+    /// catalogue or each other, nothing is written. No operations are no change. The caller holds the cluster's lock and has
+    /// caught up.
+    ///
+    /// # Errors
+    /// [`ErrorKind::AlreadyExists`], [`ErrorKind::NotFound`], [`ErrorKind::InUse`] or [`ErrorKind::Invalid`] for operations
+    /// that do not fit; [`ErrorKind::Io`] if writing failed: then the change may be durable or not, which the next call finds
+    /// out by reading the keystore again.
+    pub(crate) fn append(&mut self, mac: &HmacKey, operations: Vec<Operation>, durability: Durability) -> Result<()> {
+        if operations.is_empty() {
+            return Ok(());
         }
-        while !reader.is_empty() {
-            let at = at + body.len() - reader.remaining();
-            let operation = Operation::decode(&mut reader).map_err(|refused| refusal(&self.path, at, refused))?;
-            staged.apply(operation).map_err(|conflict| damaged(&self.path, at, conflict))?;
-        }
-        let added = staged.finish().map_err(|conflict| damaged(&self.path, at, conflict))?;
-        self.catalogue.merge(added);
-        Ok(())
-    }
-}
-
-/// The MACs of one keystore file. Header, heads and bodies cannot be taken for each other: what is covered begins with
-/// `PGSEALK1`, `head` or `body`.
-struct Mac {
-    key: SecretKey,
-    cluster: [u8; 16],
-    segment: u64,
-}
-
-impl Mac {
-    fn new(key: SecretKey, header: &Header) -> Self {
-        Self { key, cluster: header.cluster.to_bytes(), segment: header.sequence }
-    }
-
-    fn header(&self, covered: &[u8]) -> Result<[u8; HEADER_MAC_LEN]> {
-        hmac_sha256(&self.key, &[covered])
-    }
-
-    fn head(&self, covered: &[u8]) -> Result<Tag> {
-        let prefix = group::head_prefix(&self.cluster, self.segment);
-        hmac_sha256(&self.key, &[&prefix, covered]).map(|mac| first_bytes(&mac))
-    }
-
-    fn body(&self, seq: u64, body: &[u8]) -> Result<Tag> {
-        let prefix = group::body_prefix(&self.cluster, self.segment, seq);
-        hmac_sha256(&self.key, &[&prefix, body]).map(|mac| first_bytes(&mac))
-    }
-
-    /// The bytes of a group, and the tag of its head.
-    fn seal_group(&self, seq: u64, previous: &Tag, length: u32, body: &[u8]) -> Result<(Vec<u8>, Tag)> {
-        let head = Head {
-            length,
-            sealed_length: 0,
-            end: false,
-            seq,
-            // Every append syncs before it returns, so all before this one is durable.
-            synced: seq.saturating_sub(1),
-            previous: *previous,
-            body_nonce: [0; NONCE_LEN],
-            body_tag: self.body(seq, body)?,
-            head_nonce: [0; NONCE_LEN],
-        };
-        let bytes = head.encode();
-        let tag = self.head(group::covered_and_tag(&bytes).0)?;
-        Ok((group::assemble(bytes, &tag, body), tag))
-    }
-}
-
-fn first_bytes(mac: &[u8; 32]) -> Tag {
-    let mut tag = [0; TAG_LEN];
-    tag.copy_from_slice(&mac[..TAG_LEN]);
-    tag
-}
-
-/// What the keystore knows: the sum of its operations.
-#[derive(Default, PartialEq, Eq)]
-pub(crate) struct Catalogue {
-    databases: BTreeMap<DatabaseId, SealedName>,
-    names: BTreeMap<[u8; 32], DatabaseId>,
-    generations: BTreeMap<(DatabaseId, Generation), Record>,
-    probe: Option<Record>,
-    key_uses: BTreeMap<(DatabaseId, OwnerKind, OwnerId), KeyUse>,
-    key_use_names: BTreeMap<(DatabaseId, OwnerKind, [u8; 32]), OwnerId>,
-}
-
-impl Catalogue {
-    /// All databases, with their names.
-    pub(crate) fn databases(&self) -> impl Iterator<Item = (DatabaseId, &SealedName)> {
-        self.databases.iter().map(|(&database, name)| (database, name))
-    }
-
-    /// The database whose name has this HMAC.
-    pub(crate) fn find_database(&self, lookup: &[u8; 32]) -> Option<DatabaseId> {
-        self.names.get(lookup).copied()
-    }
-
-    /// The records of a database's data keys, oldest first. New seals use the last. States are as they were written: a
-    /// newer generation does not retire the one before by itself.
-    pub(crate) fn generations(&self, database: DatabaseId) -> impl DoubleEndedIterator<Item = &Record> {
-        self.generations.range((database, Generation::FIRST)..=(database, Generation::MAX)).map(|(_, record)| record)
-    }
-
-    /// The latest probe.
-    pub(crate) fn probe(&self) -> Option<&Record> {
-        self.probe.as_ref()
-    }
-
-    /// Everybody who uses a database's keys.
-    pub(crate) fn key_uses(&self, database: DatabaseId) -> impl Iterator<Item = &KeyUse> {
-        let least = (database, OwnerKind::PageFile, OwnerId([0; 16]));
-        let most = (database, OwnerKind::External, OwnerId([0xff; 16]));
-        self.key_uses.range(least..=most).map(|(_, key_use)| key_use)
-    }
-
-    /// The user of this kind whose name has this HMAC.
-    pub(crate) fn find_key_use(&self, database: DatabaseId, kind: OwnerKind, lookup: &[u8; 32]) -> Option<&KeyUse> {
-        let owner = self.key_use_names.get(&(database, kind, *lookup))?;
-        self.key_uses.get(&(database, kind, *owner))
-    }
-
-    /// What these operations, one after the other, would add. Changes nothing.
-    fn with(&self, operations: Vec<Operation>) -> Result<Catalogue, Conflict> {
-        let mut staged = Staged::on(self);
-        operations.into_iter().try_for_each(|operation| staged.apply(operation))?;
-        staged.finish()
-    }
-
-    fn merge(&mut self, added: Catalogue) {
-        self.databases.extend(added.databases);
-        self.names.extend(added.names);
-        self.generations.extend(added.generations);
-        self.probe = added.probe.or(self.probe.take());
-        self.key_uses.extend(added.key_uses);
-        self.key_use_names.extend(added.key_use_names);
-    }
-}
-
-/// Operations that do not fit the catalogue, or each other.
-#[derive(Debug)]
-struct Conflict {
-    kind: ErrorKind,
-    what: String,
-}
-
-impl fmt::Display for Conflict {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.what)
-    }
-}
-
-/// The additions of one group, over a catalogue that stays as it is until they are durable. Costs the same whatever the
-/// size of the catalogue.
-struct Staged<'a> {
-    base: &'a Catalogue,
-    added: Catalogue,
-}
-
-impl<'a> Staged<'a> {
-    fn on(base: &'a Catalogue) -> Self {
-        Self { base, added: Catalogue::default() }
-    }
-
-    fn apply(&mut self, operation: Operation) -> Result<(), Conflict> {
-        match operation {
-            Operation::Database { database, name } => self.add_database(database, name),
-            Operation::Generation(record) => self.add_generation(record),
-            Operation::Probe(record) => {
-                self.added.probe = Some(record);
+        self.settle(mac)?;
+        let (header, tip) = (&self.header, &self.tip);
+        let sealed = mac.with(|hmac| chain::seal_group(hmac, header, tip, &operations))?;
+        let (group, tip) = sealed.map_err(|rule| unwritable(&*self.store, rule))?;
+        self.catalogue.apply(operations).map_err(|conflict| misfit(&*self.store, &conflict))?;
+        // Set before the write, so that a panic below leaves it set too.
+        self.unsure = true;
+        match self.store.append(&self.versions, &group, durability) {
+            Ok(versions) => {
+                self.catalogue.keep();
+                self.versions = versions;
+                self.tip = tip;
+                self.tags.push(tip.tag);
+                self.unsure = false;
                 Ok(())
             }
-            Operation::KeyUseAdd(key_use) => self.add_key_use(key_use),
-        }
-    }
-
-    /// Checks what only shows at the end of a group: a database without a key would be one that nothing can open.
-    fn finish(self) -> Result<Catalogue, Conflict> {
-        match self.added.databases.keys().find(|&&database| self.added.generations(database).next().is_none()) {
-            Some(database) => {
-                conflict(ErrorKind::Invalid, format!("database {database} is added without its first data key"))
+            Err(error) => {
+                self.catalogue.take_back();
+                Err(store_failed("writing", &self.store.name(0), error))
             }
-            None => Ok(self.added),
         }
     }
 
-    fn add_database(&mut self, database: DatabaseId, name: SealedName) -> Result<(), Conflict> {
-        if self.has_database(database) {
-            return conflict(ErrorKind::AlreadyExists, format!("there is a database {database} already"));
+    /// Writes both files anew with these operations applied: what they take away has left the files when this returns, and
+    /// whatever was kept of older states. The caller holds the cluster's lock and has caught up.
+    ///
+    /// # Errors
+    /// As [`Keystore::append`].
+    pub(crate) fn rewrite(
+        &mut self,
+        mac: &HmacKey,
+        operations: Vec<Operation>,
+        under: Option<(Hierarchy, Record)>,
+    ) -> Result<()> {
+        self.rewrite_with(mac, under, |catalogue, store| {
+            catalogue.apply(operations).map_err(|conflict| misfit(store, &conflict))
+        })
+    }
+
+    /// As [`Keystore::rewrite`], with any change of the catalogue; `under` replaces the hierarchy and the cluster record.
+    pub(crate) fn rewrite_with(
+        &mut self,
+        mac: &HmacKey,
+        under: Option<(Hierarchy, Record)>,
+        change: impl FnOnce(&mut Catalogue, &dyn KeystoreStore) -> Result<()>,
+    ) -> Result<()> {
+        let sequence = self.next_sequence(1)?;
+        let (hierarchy, record) = under.unwrap_or_else(|| (self.header.hierarchy, self.header.record.clone()));
+        let header = Header { hierarchy, record, sequence, ..self.header.clone() };
+        // A change that fails half-way is taken back below, and one that panics is read again from the disk.
+        let before = std::mem::replace(&mut self.unsure, true);
+        let written = change(&mut self.catalogue, &*self.store)
+            .and_then(|()| write_checked(&*self.store, mac, header, &self.catalogue));
+        let (bytes, verified) = written.inspect_err(|_| {
+            self.catalogue.take_back();
+            self.unsure = before;
+        })?;
+        self.put(&bytes, verified)
+    }
+
+    /// Puts whole files in the place of both copies.
+    fn put(&mut self, bytes: &[u8], verified: Verified) -> Result<()> {
+        let replaced = self.store.remove_strays().and_then(|()| self.store.replace(&self.versions, bytes));
+        match replaced {
+            Ok(versions) => {
+                let found = self.copies.clone();
+                *self = Self { copies: found, ..Self::adopt(Arc::clone(&self.store), verified, versions, false) };
+                Ok(())
+            }
+            Err(error) => {
+                self.catalogue.take_back();
+                Err(store_failed("rewriting", &self.store.name(0), error))
+            }
         }
-        if let Some(other) = self.both(|catalogue| catalogue.find_database(&name.lookup)) {
-            return conflict(ErrorKind::AlreadyExists, format!("there is a database of this name already, {other}"));
+    }
+
+    /// Whether more than it need be is stored.
+    pub(crate) fn is_wasteful(&self) -> bool {
+        self.tags.len() > SPARE_GROUPS && self.tags.len() - SPARE_GROUPS > 4 * self.catalogue.len()
+    }
+
+    /// The whole keystore as one file, to be kept elsewhere.
+    pub(crate) fn export(&self, mac: &HmacKey) -> Result<Vec<u8>> {
+        let header = Header { sequence: self.tip.seq, ..self.header.clone() };
+        write_checked(&*self.store, mac, header, &self.catalogue).map(|(bytes, _)| bytes)
+    }
+
+    /// Puts this keystore, which was exported, in the place of what the store has, as the newest of all. The caller has
+    /// made sure that nothing is lost by it, and holds the lock. `replaced` is kept aside.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`].
+    pub(crate) fn install(&mut self, mac: &HmacKey) -> Result<()> {
+        self.versions = self.versions()?;
+        for which in 0..2 {
+            if let Some((_, bytes)) = read_copy(&*self.store, which)? {
+                let kept = self.store.keep_aside(&bytes, self.tip.seq);
+                kept.map_err(|error| store_failed("keeping", &self.store.name(which), error))?;
+            }
         }
-        self.added.names.insert(name.lookup, database);
-        self.added.databases.insert(database, name);
+        let header = Header { sequence: self.next_sequence(IMPORT_JUMP)?, ..self.header.clone() };
+        let (bytes, verified) = write_checked(&*self.store, mac, header, &self.catalogue)?;
+        let versions = self.store.replace(&self.versions, &bytes);
+        let versions = versions.map_err(|error| store_failed("importing", &self.store.name(0), error))?;
+        *self = Self::adopt(Arc::clone(&self.store), verified, versions, false);
         Ok(())
     }
 
-    fn add_generation(&mut self, record: Record) -> Result<(), Conflict> {
-        let (database, generation) = (record.database, record.generation);
-        self.require_database(database)?;
-        let last = self.both(|catalogue| catalogue.generations(database).next_back());
-        let last = last.map_or(0, |record| record.generation.get());
-        if generation.get() != last + 1 {
-            let what = format!("generation {generation} of database {database} does not follow generation {last}");
-            return conflict(ErrorKind::Invalid, what);
-        }
-        self.added.generations.insert((database, generation), record);
-        Ok(())
-    }
-
-    fn add_key_use(&mut self, key_use: KeyUse) -> Result<(), Conflict> {
-        let KeyUse { kind, owner, database, oldest, .. } = key_use;
-        self.require_database(database)?;
-        match self.both(|catalogue| catalogue.generations.get(&(database, oldest))).map(|record| record.state) {
-            None => return conflict(ErrorKind::NotFound, format!("database {database} has no generation {oldest}")),
-            Some(KeyState::Destroyed) => {
-                return conflict(
-                    ErrorKind::Invalid,
-                    format!("generation {oldest} of database {database} is destroyed"),
-                );
-            }
-            Some(KeyState::Active | KeyState::Retired) => {}
-        }
-        if self.both(|catalogue| catalogue.key_uses.get(&(database, kind, owner))).is_some() {
-            return conflict(
-                ErrorKind::AlreadyExists,
-                format!("this owner uses the keys of database {database} already"),
-            );
-        }
-        if let Some(name) = &key_use.name {
-            let key = (database, kind, name.lookup);
-            if self.both(|catalogue| catalogue.key_use_names.get(&key)).is_some() {
-                let what = format!("database {database} has one of this kind and name already");
-                return conflict(ErrorKind::AlreadyExists, what);
-            }
-            self.added.key_use_names.insert(key, owner);
-        }
-        self.added.key_uses.insert((database, kind, owner), key_use);
-        Ok(())
-    }
-
-    fn require_database(&self, database: DatabaseId) -> Result<(), Conflict> {
-        if self.has_database(database) {
-            Ok(())
-        } else {
-            conflict(ErrorKind::NotFound, format!("there is no database {database}"))
-        }
-    }
-
-    fn has_database(&self, database: DatabaseId) -> bool {
-        self.both(|catalogue| catalogue.databases.get(&database)).is_some()
-    }
-
-    /// Looks in what was added, then in what was there.
-    fn both<'s, T: 's>(&'s self, look: impl Fn(&'s Catalogue) -> Option<T>) -> Option<T> {
-        look(&self.added).or_else(|| look(self.base))
+    fn next_sequence(&self, more: u64) -> Result<u64> {
+        let next = self.tip.seq.checked_add(more);
+        next.ok_or_else(|| unwritable(&*self.store, Malformed("it has no sequence number left")))
     }
 }
 
-fn conflict<T>(kind: ErrorKind, what: String) -> Result<T, Conflict> {
-    Err(Conflict { kind, what })
+/// What [`Keystore::reload`] read: the verified bytes, and both copies as they are.
+struct Reloaded {
+    bytes: Vec<u8>,
+    copies: [Option<Vec<u8>>; 2],
+    states: [CopyState; 2],
 }
 
-fn damaged(path: &Path, at: usize, what: impl fmt::Display) -> Error {
-    Error::damaged(format!("keystore {}, byte {at}: {what}; restore the keystore from a copy", path.display()))
+fn is_settled(verified: &Verified, unfinished: bool) -> bool {
+    !unfinished && verified.copies.iter().all(|copy| *copy == CopyState::Intact)
 }
 
-/// Bytes that this version does not write.
-fn refusal(path: &Path, at: usize, refused: Refused) -> Error {
-    match refused {
-        Refused::Malformed(_) => damaged(path, at, refused),
-        Refused::UnknownVersion(_) | Refused::UnknownOperation(_) => {
-            let message = format!("keystore {}, byte {at}: {refused}; use a newer version of pageseal", path.display());
-            Error::new(ErrorKind::Unsupported, message)
-        }
+/// Writes a whole file, and reads it back as an opening would, before it may replace what works.
+fn write_checked(
+    store: &dyn KeystoreStore,
+    mac: &HmacKey,
+    header: Header,
+    catalogue: &Catalogue,
+) -> Result<(Vec<u8>, Verified)> {
+    let written = mac.with(|hmac| chain::write_whole(hmac, header, catalogue.operations()))?;
+    let written = written.map_err(|rule| unwritable(store, rule))?;
+    let both = [Some(written.bytes.as_slice()); 2];
+    let verified = mac.with(|hmac| chain::verify(hmac, both))?.map_err(|fault| fault.into_error(&store.name(0)))?;
+    if verified.header != written.header || verified.catalogue != *catalogue {
+        let message = format!("rewriting the keystore {} would lose something; report this", store.name(0));
+        return Err(Error::damaged(message));
     }
+    Ok((written.bytes, verified))
+}
+
+fn misfit(store: &dyn KeystoreStore, conflict: &Conflict) -> Error {
+    Error::new(conflict.kind, format!("keystore {}: {conflict}", store.name(0)))
 }
 
 /// The caller's own operations or header break a rule of the format.
-fn unwritable(path: &Path, Malformed(rule): Malformed) -> Error {
-    Error::invalid(format!("this cannot be written to keystore {}: {rule}", path.display()))
+fn unwritable(store: &dyn KeystoreStore, Malformed(rule): Malformed) -> Error {
+    Error::invalid(format!("this cannot be written to keystore {}: {rule}", store.name(0)))
 }

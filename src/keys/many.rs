@@ -2,6 +2,8 @@
 //!
 //! At most [`WINDOW`] requests are under way at a time, and a request's deadline is set when it starts: ten thousand keys do
 //! not stand in line with ten thousand deadlines that began together, and no more than a window of payloads is in memory.
+//!
+//! A master key that does not answer costs a run about two deadlines, not one for each window: see [`Wrappers::for_one_run`].
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -44,10 +46,10 @@ impl Wrappers {
         jobs: impl IntoIterator<Item = UnwrapJob<'a>>,
         accept: impl Fn(usize, &KeyPayload) -> Result<T>,
     ) -> Vec<Result<T>> {
-        let stop = Stop::default();
+        let (stop, run) = (Stop::default(), self.for_one_run());
         let start = |(at, job): (usize, UnwrapJob<'a>)| {
             stop.check()?;
-            Ok((at, self.start_unwraps(job.wrappings, &job.request)?))
+            Ok((at, run.start_unwraps(job.wrappings, &job.request)?))
         };
         let finish = |started: Result<(usize, Asked<'a, KeyPayload>)>| {
             let (at, asked) = started?;
@@ -59,11 +61,11 @@ impl Wrappers {
     /// [`Wrappers::wrap_missing`] for each job, as [`Wrappers::unwrap_many`] does it. A job is taken from the iterator only
     /// when it is started; one that could not be made is its own result.
     pub(crate) fn wrap_many<'a>(&self, jobs: impl IntoIterator<Item = Result<WrapJob<'a>>>) -> Vec<Result<Wrapped>> {
-        let stop = Stop::default();
+        let (stop, run) = (Stop::default(), self.for_one_run());
         let start = |job: Result<WrapJob<'a>>| {
             stop.check()?;
             let job = job?;
-            self.start_wraps(&job.payload, job.existing, &job.request)
+            run.start_wraps(&job.payload, job.existing, &job.request)
         };
         let finish = |started: Result<Wraps<'_, WrappedKey>>| stop.noting(started?.settle(Ok));
         windowed(WINDOW, jobs.into_iter(), start, finish).collect()
@@ -76,10 +78,10 @@ impl Wrappers {
         jobs: impl IntoIterator<Item = RewrapJob<'a>>,
         accept: impl Fn(usize, &KeyPayload) -> Result<()>,
     ) -> Vec<Result<Wrapped>> {
-        let stop = Stop::default();
+        let (stop, run, old) = (Stop::default(), self.for_one_run(), old.for_one_run());
         let start_old = |(at, job): (usize, RewrapJob<'a>)| {
             stop.check()?;
-            let started = self.start_old(old, job.existing, &job.request)?;
+            let started = run.start_old(&old, job.existing, &job.request)?;
             Ok((at, job, started))
         };
         let finish_old = |started: Result<(usize, RewrapJob<'a>, OldSide<'a>)>| {
@@ -89,7 +91,7 @@ impl Wrappers {
         let start_new = |ready: Result<(usize, RewrapJob<'a>, _)>| {
             let (at, job, payload) = ready?;
             stop.check()?;
-            Ok((at, self.start_new(payload, job.existing, &job.request)))
+            Ok((at, run.start_new(payload, job.existing, &job.request)))
         };
         let finish_new = |started: Result<(usize, Wraps<'_, New>)>| {
             let (at, started) = started?;
@@ -271,6 +273,104 @@ mod tests {
         target.disable();
         assert_eq!(kinds(&targets.rewrap_many(&wrappers, rewraps(&keys), is_number)), all_disabled);
         assert!(asked() <= WINDOW as u64 && target.calls() <= IN_FLIGHT as u64);
+    }
+
+    /// Two master keys; the first hangs after both have wrapped 200 keys, and is waited for 400 ms.
+    fn one_hangs() -> (ScriptedWrapper, Wrappers, Vec<Vec<WrappedKey>>) {
+        let (stuck, sound) = (ScriptedWrapper::new("stuck"), ScriptedWrapper::new("sound"));
+        let all = [stuck.clone(), sound].map(|key| Arc::new(key) as Arc<dyn crate::KeyWrapper>);
+        let wrappers = Wrappers::any_of(all).unwrap();
+        let keys = wrapped(&wrappers, 200);
+        stuck.hang();
+        (stuck, wrappers, keys)
+    }
+
+    const SHORT: Duration = Duration::from_millis(400);
+
+    fn short() -> WrapRequest {
+        WrapRequest { timeout: SHORT, ..request() }
+    }
+
+    /// `keys` again and again.
+    fn ten_thousand(keys: &[Vec<WrappedKey>]) -> impl Iterator<Item = UnwrapJob<'_>> {
+        keys.iter().cycle().take(10_000).map(|wrappings| UnwrapJob { wrappings, request: short() })
+    }
+
+    #[test]
+    fn ten_thousand_keys_open_in_about_two_deadlines_while_one_of_two_master_keys_hangs() {
+        let (stuck, wrappers, keys) = one_hangs();
+        let calls = stuck.calls();
+        let begun = Instant::now();
+        let outcomes = wrappers.unwrap_many(ten_thousand(&keys), |at, payload| is_number(at % 200, payload));
+        let took = begun.elapsed();
+        assert!(kinds(&outcomes).iter().all(Option::is_none));
+        assert!(took >= SHORT && took < 20 * SHORT, "{took:?}; it would be {} deadlines", 10_000 / WINDOW);
+        assert_eq!(stuck.calls() - calls, IN_FLIGHT as u64);
+        stuck.restore();
+    }
+
+    #[test]
+    fn keys_are_wrapped_and_rewrapped_by_the_master_key_that_answers_and_the_other_is_told_as_missing() {
+        let (stuck, wrappers, keys) = one_hangs();
+        let wraps = || {
+            let job =
+                |number: usize| Ok(WrapJob { payload: payload((number % 200) as u8), existing: &[], request: short() });
+            wrappers.wrap_many((0..1000).map(job))
+        };
+        let rewraps = || {
+            let jobs = keys.iter().map(|existing| RewrapJob { existing, request: short() });
+            wrappers.rewrap_many(&wrappers, jobs, is_number)
+        };
+        for (most, outcomes) in [(10, &wraps as &dyn Fn() -> Vec<Result<Wrapped>>), (8, &rewraps)] {
+            let begun = Instant::now();
+            let outcomes = outcomes();
+            assert!(begun.elapsed() < most * SHORT, "{:?}", begun.elapsed());
+            for outcome in &outcomes {
+                let wrapped = outcome.as_ref().unwrap();
+                assert_eq!((wrapped.keys[0].master_key.key.as_str(), wrapped.keys.len()), ("sound", 1));
+                assert_eq!(
+                    (&wrapped.missing[0].master_key, wrapped.missing.len()),
+                    (&crate::KeyWrapper::id(&stuck), 1)
+                );
+            }
+            let last = outcomes.last().unwrap().as_ref().unwrap().missing[0].why.to_string();
+            assert!(last.contains("was not asked"), "{last}");
+        }
+        stuck.restore();
+    }
+
+    #[test]
+    fn an_outage_of_the_only_master_key_fails_fast_and_the_next_run_asks_again() {
+        let key = ScriptedWrapper::new("k");
+        let wrappers = Wrappers::one(key.clone());
+        let keys = wrapped(&wrappers, 200);
+        key.hang();
+        let begun = Instant::now();
+        let outcomes = wrappers.unwrap_many(ten_thousand(&keys), |at, payload| is_number(at % 200, payload));
+        assert!(begun.elapsed() < 20 * SHORT, "{:?}", begun.elapsed());
+        assert!(kinds(&outcomes).iter().all(|kind| *kind == Some(ErrorKind::Unreachable)));
+        let last = outcomes[9_999].as_ref().unwrap_err().to_string();
+        assert!(last.contains("was not asked") && !outcomes[0].as_ref().unwrap_err().to_string().contains("not asked"));
+        key.restore();
+        assert!(kinds(&wrappers.unwrap_many(unwraps(&keys), is_number)).iter().all(Option::is_none));
+        // What revokes it answers, and is heard.
+        key.disable();
+        assert_eq!(kinds(&wrappers.unwrap_many(unwraps(&keys), is_number)), vec![Some(ErrorKind::Disabled); 200]);
+    }
+
+    #[test]
+    fn a_run_that_is_used_in_parts_waits_for_a_hanging_master_key_once() {
+        let (stuck, wrappers, keys) = one_hangs();
+        let run = wrappers.for_one_run();
+        let part = || {
+            let begun = Instant::now();
+            let jobs = keys[..100].iter().map(|wrappings| UnwrapJob { wrappings, request: short() });
+            assert!(kinds(&run.unwrap_many(jobs, is_number)).iter().all(Option::is_none));
+            begun.elapsed()
+        };
+        assert!(part() >= SHORT);
+        assert!(part() < SHORT);
+        stuck.restore();
     }
 
     #[test]

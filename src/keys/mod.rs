@@ -1,15 +1,18 @@
 //! Keys: who wraps them ([`wrapper`], [`wrappers`], [`rewrap`], [`many`], [`calls`], [`patience`]), where the wrapped ones are
-//! kept ([`keystore`]), and where the unwrapped ones are ([`keyring`]).
+//! kept ([`keystore`], its bytes in [`chain`], its content in [`catalogue`], its files in [`store`]), and where the unwrapped
+//! ones are ([`root`], [`keyring`]).
 
 pub(crate) mod calls;
+pub(crate) mod catalogue;
+pub(crate) mod chain;
 pub(crate) mod keyring;
 pub(crate) mod keystore;
-#[allow(dead_code)] // used by cluster.rs
 pub(crate) mod many;
 pub(crate) mod names;
 pub(crate) mod patience;
 pub(crate) mod payload;
-#[allow(dead_code)] // used by cluster.rs
 pub(crate) mod rewrap;
+pub(crate) mod root;
+pub(crate) mod store;
 pub(crate) mod wrapper;
 pub(crate) mod wrappers;

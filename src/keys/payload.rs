@@ -110,6 +110,11 @@ pub(crate) fn accept_cluster(
     Ok((key, identity))
 }
 
+/// Whether this is a probe of the cluster. What key it holds does not matter.
+pub(crate) fn accept_probe(payload: &KeyPayload, cluster: ClusterId) -> Result<()> {
+    check_head(payload, &keyless_head(Purpose::Probe, cluster, Generation::FIRST), "a probe")
+}
+
 fn keyless_head(purpose: Purpose, cluster: ClusterId, generation: Generation) -> PayloadHead {
     PayloadHead { purpose, suite: Suite::Aes256Gcm, generation, cluster, database: NO_DATABASE, seal: NO_SEAL }
 }

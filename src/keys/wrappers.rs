@@ -23,6 +23,10 @@ pub(crate) use crate::keys::calls::WrapRequest;
 /// Opening asks all that wrapped the key. If one says disabled, deleted or denied, the data stays closed, whatever the others
 /// say; one that cannot be reached says nothing. A master key that could not be reached when a key was made has not wrapped
 /// it, and has no say in it until it does. Clones share the bound on calls in flight.
+///
+/// Where many keys are wrapped or unwrapped together, a master key that could not be reached by 16 calls in a row is not
+/// asked about the others, so that an outage costs about two time-outs and not hundreds. It is the same as if the outage
+/// lasted as long: a revocation by that master key is heard the next time it is asked.
 #[derive(Clone)]
 pub struct Wrappers(Arc<[Lane]>);
 
@@ -78,7 +82,6 @@ impl Wrappers {
     }
 
     /// Whether a configured master key has no wrapping in `existing`.
-    #[allow(dead_code)] // used by cluster.rs
     pub(crate) fn lacks(&self, existing: &[WrappedKey]) -> bool {
         self.0.iter().any(|lane| !has_wrapped(lane, existing))
     }
@@ -123,6 +126,18 @@ impl Wrappers {
     /// The configured master keys.
     pub(crate) fn ids(&self) -> impl Iterator<Item = &MasterKeyId> {
         self.0.iter().map(Lane::id)
+    }
+
+    /// The same master keys for one run over many keys, in which one that does not answer is soon not asked any more: see
+    /// [`Lane::for_one_run`]. A run within a run is part of it.
+    pub(crate) fn for_one_run(&self) -> Self {
+        Self(self.0.iter().map(Lane::for_one_run).collect())
+    }
+
+    /// These master keys, and those of `others` that are not among them, as far as a key can have wrappings.
+    pub(crate) fn and(&self, others: &Self) -> Self {
+        let more = others.0.iter().filter(|other| self.ids().all(|id| id != other.id()));
+        Self(self.0.iter().chain(more).take(MAX_WRAPPINGS).cloned().collect())
     }
 
     pub(super) fn lanes(&self) -> &[Lane] {
@@ -206,13 +221,11 @@ pub(crate) struct Wrapped {
     /// One for each master key that succeeded.
     pub(crate) keys: Vec<WrappedKey>,
     /// The others, none of them revoked.
-    #[allow(dead_code)] // used by cluster.rs
     pub(crate) missing: Vec<Missing>,
 }
 
 /// A master key that did not wrap a key, and has no say in it until it does.
 #[derive(Debug)]
-#[allow(dead_code)] // used by cluster.rs
 pub(crate) struct Missing {
     pub(crate) master_key: MasterKeyId,
     pub(crate) why: KmsError,
@@ -310,7 +323,7 @@ fn has_wrapped(lane: &Lane, existing: &[WrappedKey]) -> bool {
 
 /// The error of the strongest failure, the first of equals, with the others in its message.
 fn most_telling(mut failures: Vec<Failure<'_>>, what: &str) -> Error {
-    let ranks = failures.iter().enumerate().map(|(at, failure)| (rank(failure.error.class), Reverse(at)));
+    let ranks = failures.iter().enumerate().map(|(at, failure)| (rank(&failure.error), Reverse(at)));
     let Some((_, Reverse(at))) = ranks.max() else {
         return Error::new(ErrorKind::Unclassified, format!("{what}: no master key was asked"));
     };
@@ -324,10 +337,12 @@ fn most_telling(mut failures: Vec<Failure<'_>>, what: &str) -> Error {
     Error::with_source(error.kind(), format!("{error}; also {}", others.join("; ")), error)
 }
 
-fn rank(class: KmsClass) -> u8 {
-    match class {
-        KmsClass::Denied | KmsClass::Disabled | KmsClass::Deleted => 2,
-        KmsClass::BadCiphertext | KmsClass::Misconfigured | KmsClass::Unclassified => 1,
+fn rank(error: &KmsError) -> u8 {
+    match error.class {
+        KmsClass::Denied | KmsClass::Disabled | KmsClass::Deleted => 3,
+        KmsClass::BadCiphertext | KmsClass::Misconfigured | KmsClass::Unclassified => 2,
+        // It says when to come back.
+        KmsClass::Throttled if error.retry_after.is_some() => 1,
         KmsClass::Unreachable | KmsClass::Throttled => 0,
     }
 }
@@ -742,6 +757,27 @@ mod tests {
         pair.a.throttle(after);
         let error = wrappers.check(&pair.wrapped, &request()).unwrap_err();
         assert_eq!((error.kind(), error.retry_after()), (ErrorKind::Unreachable, Some(after)));
+    }
+
+    #[test]
+    fn of_two_outages_the_one_that_says_when_to_come_back_is_told() {
+        let (a, b) = (ScriptedWrapper::new("a"), ScriptedWrapper::new("b"));
+        let after = Duration::from_secs(70);
+        b.throttle(after);
+        for outage in [ScriptedWrapper::unreachable, |a: &ScriptedWrapper| a.throttle(Duration::MAX)] {
+            outage(&a);
+            let error = both(&b, &a).wrap(&payload(1), &request()).unwrap_err();
+            assert_eq!((error.kind(), error.retry_after()), (ErrorKind::Unreachable, Some(after)));
+        }
+        a.unreachable();
+        let error = both(&a, &b).wrap(&payload(1), &request()).unwrap_err();
+        assert_eq!((error.kind(), error.retry_after()), (ErrorKind::Unreachable, Some(after)));
+        assert!(error.to_string().contains("scripted:a"), "{error}");
+        for verdict in [ScriptedWrapper::misconfigure, ScriptedWrapper::disable] {
+            verdict(&a);
+            let error = both(&b, &a).wrap(&payload(1), &request()).unwrap_err();
+            assert_eq!((error.kind() == ErrorKind::Unreachable, error.retry_after()), (false, None));
+        }
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! How a master key that we hold ourselves wraps a payload: as a sealed page of 128 bytes, under a subkey of its own.
+//! How a key that we hold ourselves wraps a payload, be it a local master key or a cluster key: as a sealed page of 128
+//! bytes, under a subkey of its own.
 //!
 //! `ciphertext 128 | tag 16 | nonce 12 | salt 16 | generation u24 | suite u8`. Salt and nonce are both random, so no two
 //! wraps share a subkey, and nothing has to be counted. A payload is encrypted and decrypted in locked memory.
@@ -9,6 +10,7 @@ use crate::error::{Error, KmsClass, KmsError};
 use crate::format::derive::{Info, Label};
 use crate::format::page::{NONCE_LEN, OVERHEAD, SALT_LEN, SubkeyName, Suite, Trailer};
 use crate::format::wrapped::PAYLOAD_LEN;
+use crate::ids::{ClusterId, Generation};
 use crate::keys::wrapper::WrapContext;
 use crate::secret::{KeyPayload, Locked, SecretKey};
 
@@ -17,16 +19,43 @@ pub(crate) const BLOB_LEN: usize = PAYLOAD_LEN + OVERHEAD;
 
 const SUITE: Suite = Suite::Aes256Gcm;
 
+/// A key that wraps here, and how subkeys are derived from it.
+#[derive(Clone, Copy)]
+pub(crate) enum WrappingKey<'a> {
+    /// The key of a key file, or of a test.
+    Local(&'a SecretKey),
+    /// A cluster key, of this cluster and generation.
+    Cluster(&'a SecretKey, ClusterId, Generation),
+}
+
+impl WrappingKey<'_> {
+    fn subkey(&self, salt: &[u8; SALT_LEN]) -> Result<Locked<AeadKey>, KmsError> {
+        let (key, info) = match *self {
+            Self::Local(key) => (key, Info::local(Label::Local, salt)),
+            Self::Cluster(key, cluster, own) => (key, Info::cluster_key(Label::Wrap, cluster, salt, own)),
+        };
+        Ok(AeadKey::derive(key, &info, SUITE, AesBackend::Ring).map_err(Error::from)?)
+    }
+
+    /// What the blob's trailer says: the generation that entered the subkey, or else the context's.
+    fn generation(&self, cx: &WrapContext<'_>) -> Generation {
+        match *self {
+            Self::Local(_) => cx.generation,
+            Self::Cluster(_, _, own) => own,
+        }
+    }
+}
+
 /// Encrypts `payload` under `key`, bound to `cx`.
 pub(crate) fn seal_payload(
-    key: &SecretKey,
+    key: WrappingKey<'_>,
     env: &Env,
     payload: &KeyPayload,
     cx: &WrapContext<'_>,
 ) -> Result<Vec<u8>, KmsError> {
     let salt: [u8; SALT_LEN] = env.random().map_err(Error::from)?;
     let nonce: [u8; NONCE_LEN] = env.random().map_err(Error::from)?;
-    let subkey = subkey(key, &salt)?;
+    let subkey = key.subkey(&salt)?;
     let mut sealed = Ok([0; 16]);
     let ciphertext = payload.with_bytes(|plain| {
         KeyPayload::fill_with(|out| {
@@ -35,7 +64,7 @@ pub(crate) fn seal_payload(
         })
     })??;
     let tag = sealed.map_err(Error::from)?;
-    let trailer = Trailer::new(&tag, &nonce, &SubkeyName::new(&salt, cx.generation, SUITE));
+    let trailer = Trailer::new(&tag, &nonce, &SubkeyName::new(&salt, key.generation(cx), SUITE));
     let mut blob = Vec::with_capacity(BLOB_LEN);
     ciphertext.with_bytes(|ciphertext| blob.extend_from_slice(ciphertext))?;
     blob.extend_from_slice(&trailer.0);
@@ -44,7 +73,7 @@ pub(crate) fn seal_payload(
 
 /// Decrypts what [`seal_payload`] returned under the same key and context; anything else is
 /// [`KmsClass::BadCiphertext`].
-pub(crate) fn open_payload(key: &SecretKey, blob: &[u8], cx: &WrapContext<'_>) -> Result<KeyPayload, KmsError> {
+pub(crate) fn open_payload(key: WrappingKey<'_>, blob: &[u8], cx: &WrapContext<'_>) -> Result<KeyPayload, KmsError> {
     let blob: &[u8; BLOB_LEN] =
         blob.try_into().map_err(|_| bad(format!("the blob has {} bytes, not {BLOB_LEN}", blob.len())))?;
     let (ciphertext, trailer) = blob.split_at(PAYLOAD_LEN);
@@ -52,11 +81,11 @@ pub(crate) fn open_payload(key: &SecretKey, blob: &[u8], cx: &WrapContext<'_>) -
     copy.0.copy_from_slice(trailer);
     let trailer = copy;
     // Neither enters the subkey or the cipher here, so neither may say anything but what is expected.
-    if trailer.suite() != Some(SUITE) || trailer.generation() != Some(cx.generation) {
+    if trailer.suite() != Some(SUITE) || trailer.generation() != Some(key.generation(cx)) {
         return Err(bad("the blob is of another generation or format"));
     }
     let salt = trailer.subkey_name().salt();
-    let subkey = subkey(key, &salt)?;
+    let subkey = key.subkey(&salt)?;
     let mut opened = Ok(Ok(()));
     let payload = KeyPayload::fill_with(|out| {
         out.copy_from_slice(ciphertext);
@@ -70,10 +99,6 @@ pub(crate) fn open_payload(key: &SecretKey, blob: &[u8], cx: &WrapContext<'_>) -
 pub(crate) fn fingerprint(key: &SecretKey) -> Result<String, KmsError> {
     let digest = derive_public(key, &Info::local(Label::LocalVersion, &[0; SALT_LEN]))?;
     Ok(digest[..16].iter().map(|byte| format!("{byte:02x}")).collect())
-}
-
-fn subkey(key: &SecretKey, salt: &[u8; SALT_LEN]) -> Result<Locked<AeadKey>, KmsError> {
-    Ok(AeadKey::derive(key, &Info::local(Label::Local, salt), SUITE, AesBackend::Ring).map_err(Error::from)?)
 }
 
 fn bad(text: impl Into<String>) -> KmsError {
@@ -116,14 +141,14 @@ mod tests {
     #[test]
     fn a_payload_comes_back_unchanged_and_no_blob_is_like_another() {
         let (key, env, payload) = (key(7), Env::system(), payload(0x5a));
-        let first = seal_payload(&key, &env, &payload, &context()).unwrap();
-        let second = seal_payload(&key, &env, &payload, &context()).unwrap();
+        let first = seal_payload(WrappingKey::Local(&key), &env, &payload, &context()).unwrap();
+        let second = seal_payload(WrappingKey::Local(&key), &env, &payload, &context()).unwrap();
         assert_eq!((first.len(), BLOB_LEN), (176, 176));
         assert_ne!(first[..128], second[..128]);
         assert_ne!(first[144..172], second[144..172]);
         assert_eq!(first[172..], [3, 2, 1, 1], "generation and suite");
         for blob in [first, second] {
-            let opened = open_payload(&key, &blob, &context()).unwrap();
+            let opened = open_payload(WrappingKey::Local(&key), &blob, &context()).unwrap();
             assert!(opened.with_bytes(|bytes| *bytes == [0x5a; 128]).unwrap());
         }
     }
@@ -131,24 +156,32 @@ mod tests {
     #[test]
     fn every_flipped_bit_and_every_other_length_is_refused() {
         let key = key(7);
-        let blob = seal_payload(&key, &Env::system(), &payload(1), &context()).unwrap();
+        let blob = seal_payload(WrappingKey::Local(&key), &Env::system(), &payload(1), &context()).unwrap();
         for bit in 0..blob.len() * 8 {
             let mut flipped = blob.clone();
             flipped[bit / 8] ^= 1 << (bit % 8);
-            assert_eq!(class(open_payload(&key, &flipped, &context())), Some(KmsClass::BadCiphertext), "bit {bit}");
+            assert_eq!(
+                class(open_payload(WrappingKey::Local(&key), &flipped, &context())),
+                Some(KmsClass::BadCiphertext),
+                "bit {bit}"
+            );
         }
         for len in (0..=BLOB_LEN + 1).filter(|&len| len != BLOB_LEN) {
             let mut other = blob.clone();
             other.resize(len, 0);
-            assert_eq!(class(open_payload(&key, &other, &context())), Some(KmsClass::BadCiphertext), "length {len}");
+            assert_eq!(
+                class(open_payload(WrappingKey::Local(&key), &other, &context())),
+                Some(KmsClass::BadCiphertext),
+                "length {len}"
+            );
         }
-        assert_eq!(class(open_payload(&key, &blob, &context())), None);
+        assert_eq!(class(open_payload(WrappingKey::Local(&key), &blob, &context())), None);
     }
 
     #[test]
     fn another_key_or_context_does_not_open_it() {
-        let blob = seal_payload(&key(7), &Env::system(), &payload(1), &context()).unwrap();
-        assert_eq!(class(open_payload(&key(8), &blob, &context())), Some(KmsClass::BadCiphertext));
+        let blob = seal_payload(WrappingKey::Local(&key(7)), &Env::system(), &payload(1), &context()).unwrap();
+        assert_eq!(class(open_payload(WrappingKey::Local(&key(8)), &blob, &context())), Some(KmsClass::BadCiphertext));
         let others = [
             WrapContext { cluster: ClusterId::from_bytes([0; 16]), ..context() },
             WrapContext { database: Some(DatabaseId::from_bytes([0; 16])), ..context() },
@@ -156,10 +189,14 @@ mod tests {
             WrapContext { purpose: Purpose::Probe, ..context() },
         ];
         for other in others {
-            assert_eq!(class(open_payload(&key(7), &blob, &other)), Some(KmsClass::BadCiphertext), "{other:?}");
+            assert_eq!(
+                class(open_payload(WrappingKey::Local(&key(7)), &blob, &other)),
+                Some(KmsClass::BadCiphertext),
+                "{other:?}"
+            );
         }
         let unbound = WrapContext { deadline: Instant::now(), label: "another", ..context() };
-        assert_eq!(class(open_payload(&key(7), &blob, &unbound)), None);
+        assert_eq!(class(open_payload(WrappingKey::Local(&key(7)), &blob, &unbound)), None);
     }
 
     /// The bytes that this build writes and every later one must read; the random parts come from `Counting`.
@@ -176,7 +213,7 @@ mod tests {
             }
         }
         let env = Env { entropy: std::sync::Arc::new(Counting), ..Env::system() };
-        let blob = seal_payload(&key(7), &env, &payload(0x5a), &context()).unwrap();
+        let blob = seal_payload(WrappingKey::Local(&key(7)), &env, &payload(0x5a), &context()).unwrap();
 
         use ring::{aead, hkdf};
         let salt: Vec<u8> = (0x40..0x50).collect();
@@ -210,7 +247,7 @@ mod tests {
             }
         }
         let env = Env { entropy: std::sync::Arc::new(Dry), ..Env::system() };
-        let error = seal_payload(&key(7), &env, &payload(1), &context()).unwrap_err();
+        let error = seal_payload(WrappingKey::Local(&key(7)), &env, &payload(1), &context()).unwrap_err();
         assert_eq!(error.class, KmsClass::Unreachable);
     }
 

@@ -11,7 +11,7 @@ use crate::env::Env;
 use crate::error::{Error, ErrorKind, KmsClass, KmsError, Result};
 use crate::ids::MasterKeyId;
 use crate::keys::wrapper::{KeyWrapper, WrapContext, WrappedKey};
-use crate::kms::envelope::{fingerprint, open_payload, seal_payload};
+use crate::kms::envelope::{WrappingKey, fingerprint, open_payload, seal_payload};
 use crate::secret::{KeyPayload, LockedMemoryError, SecretKey};
 
 const KEY_LEN: u64 = 32;
@@ -177,7 +177,7 @@ impl KeyWrapper for LocalKeyFile {
 
     fn wrap_key(&self, payload: &KeyPayload, cx: &WrapContext<'_>) -> Result<WrappedKey, KmsError> {
         let key = self.key()?;
-        let blob = seal_payload(&key, &self.env, payload, cx)?;
+        let blob = seal_payload(WrappingKey::Local(&key), &self.env, payload, cx)?;
         Ok(WrappedKey { master_key: self.id(), key_version: fingerprint(&key)?, blob })
     }
 
@@ -188,7 +188,7 @@ impl KeyWrapper for LocalKeyFile {
             let text = format!("wrapped under version {:?}, the key file holds {version:?}", wrapped.key_version);
             return Err(KmsError::with_source(KmsClass::BadCiphertext, text));
         }
-        open_payload(&key, &wrapped.blob, cx)
+        open_payload(WrappingKey::Local(&key), &wrapped.blob, cx)
     }
 }
 

@@ -1,6 +1,6 @@
 //! Master keys: one file for each key service, each an implementation of [`KeyWrapper`](crate::KeyWrapper).
 
-mod envelope;
+pub(crate) mod envelope;
 pub(crate) mod local;
 #[cfg(any(test, feature = "test-util"))]
 pub(crate) mod scripted;

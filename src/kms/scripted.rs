@@ -10,7 +10,7 @@ use crate::error::{Error, KmsClass, KmsError};
 use crate::format::wrapped::PAYLOAD_KEY_AT;
 use crate::ids::MasterKeyId;
 use crate::keys::wrapper::{KeyWrapper, WrapContext, WrappedKey};
-use crate::kms::envelope::{open_payload, seal_payload};
+use crate::kms::envelope::{WrappingKey, open_payload, seal_payload};
 use crate::secret::{KeyPayload, SecretKey};
 
 /// A key service for your tests: a master key in memory, with real encryption, that does what the test says.
@@ -229,7 +229,7 @@ impl ScriptedWrapper {
         cx: &WrapContext<'_>,
     ) -> Result<WrappedKey, KmsError> {
         let (key_version, key) = self.current(script)?;
-        let blob = seal_payload(&key, &self.0.env, payload, cx)?;
+        let blob = seal_payload(WrappingKey::Local(&key), &self.0.env, payload, cx)?;
         Ok(WrappedKey { master_key: self.id(), key_version, blob })
     }
 
@@ -279,14 +279,14 @@ impl KeyWrapper for ScriptedWrapper {
         let (script, lies) = self.enter()?;
         let key = script.key_of(wrapped)?;
         drop(script);
-        let payload = open_payload(&key, &wrapped.blob, cx)?;
+        let payload = open_payload(WrappingKey::Local(&key), &wrapped.blob, cx)?;
         if lies { with_a_flipped_bit(&payload) } else { Ok(payload) }
     }
 
     fn rewrap_key(&self, wrapped: &WrappedKey, cx: &WrapContext<'_>) -> Result<WrappedKey, KmsError> {
         let _in_flight = self.count(&self.0.rewraps);
         let (script, _) = self.enter()?;
-        let payload = open_payload(&*script.key_of(wrapped)?, &wrapped.blob, cx)?;
+        let payload = open_payload(WrappingKey::Local(&*script.key_of(wrapped)?), &wrapped.blob, cx)?;
         self.seal(script, &payload, cx)
     }
 

@@ -48,7 +48,10 @@ use crate::secret::{Forked, Locked};
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone)]
-pub struct PageCipher(pub(crate) Arc<CipherInner>);
+pub struct PageCipher(pub(crate) Arc<CipherInner>, #[allow(dead_code)] Option<KeepAlive>); // kept for its drop
+
+/// The cluster of a cipher that was handed out: as long as anybody can seal, somebody must be there to close the gate.
+type KeepAlive = Arc<dyn Send + Sync>;
 
 /// What the cipher shares with its clones and with the batches.
 pub(crate) struct CipherInner {
@@ -83,7 +86,16 @@ impl PageCipher {
     ) -> Self {
         let session = ArcSwapOption::empty();
         let opening = Mutex::new(());
-        Self(Arc::new(CipherInner { keyring, backend, session, opening, subkeys, resumes, env, source }))
+        Self(Arc::new(CipherInner { keyring, backend, session, opening, subkeys, resumes, env, source }), None)
+    }
+
+    pub(crate) fn from_inner(inner: Arc<CipherInner>) -> Self {
+        Self(inner, None)
+    }
+
+    /// The same, which also keeps the cluster.
+    pub(crate) fn keeping(&self, cluster: KeepAlive) -> Self {
+        Self(Arc::clone(&self.0), Some(cluster))
     }
 
     /// Seals `src` into `dst`, which must be [`OVERHEAD`] bytes longer.
@@ -372,7 +384,6 @@ impl CipherInner {
 
 /// The gate of all handles, and the changes of what is behind it. In each the keyring comes first, and what was made of its
 /// keys afterwards: who still makes something looks at the keyring under the lock that is taken here to remove it.
-#[allow(dead_code)] // used by the cluster: disabling, dropping, recovering, rotating, catching up
 impl CipherInner {
     /// Refuses every new operation of every handle, and lets go of all keys. When this returns, no operation that begins
     /// succeeds; those in flight end whole, and [`Closing::wait`] waits for them.
@@ -386,7 +397,7 @@ impl CipherInner {
     }
 
     /// Opens the gate for the same handles, with all data keys in ascending order of generation; `hold` is kept as long as
-    /// anybody may seal under the last. Where it is open already, this is [`CipherInner::replace`].
+    /// anybody may seal under the last. Where it is open already, they take the place of those it has.
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`] after [`Closed::Dropped`]; [`ErrorKind::Damaged`] unless the keys are in order;
@@ -399,13 +410,13 @@ impl CipherInner {
     }
 
     /// Takes over the generations that there are now, as other processes made and destroyed them. Those that stay keep
-    /// their keys.
+    /// their keys; `new` are the others'.
     ///
     /// # Errors
     /// As [`CipherInner::open_with`]; [`ErrorKind::Closed`] while the gate is closed.
-    pub(crate) fn replace(&self, keys: Vec<DataKey>, hold: Option<Hold>) -> Result<()> {
+    pub(crate) fn follow(&self, current: &[Generation], new: Vec<DataKey>, hold: Option<Hold>) -> Result<()> {
         self.check_fork()?;
-        self.keyring.replace(keys, hold)?;
+        self.keyring.follow(current, new, hold)?;
         self.follow_keyring();
         Ok(())
     }
@@ -541,6 +552,10 @@ mod tests {
         numbers.map(data_key).collect()
     }
 
+    fn generations(numbers: std::ops::RangeInclusive<u32>) -> Vec<Generation> {
+        numbers.map(generation).collect()
+    }
+
     fn cipher(hold: Option<Hold>, source: Option<Weak<dyn GenerationSource>>) -> PageCipher {
         let keyring = Keyring::new(DatabaseId::from_bytes([0xdb; 16]), data_keys(1..=1), hold).unwrap();
         let subkeys = Arc::new(SubkeyCache::new(64));
@@ -663,14 +678,14 @@ mod tests {
         let cipher = cipher(None, None);
         let first = seal(&cipher).unwrap();
         let (key, session) = (cipher.find_key(generation(1)).unwrap(), cipher.0.session.load_full().unwrap());
-        cipher.0.replace(data_keys(1..=1), None).unwrap();
+        cipher.0.follow(&generations(1..=1), Vec::new(), None).unwrap();
         assert!(Arc::ptr_eq(&key, &cipher.find_key(generation(1)).unwrap()), "a second copy of the key lives");
         assert!(Arc::ptr_eq(&session, &cipher.0.session.load_full().unwrap()), "the session ended without need");
-        cipher.0.replace(data_keys(1..=2), None).unwrap();
+        cipher.0.follow(&generations(1..=2), data_keys(2..=2), None).unwrap();
         assert!(Arc::ptr_eq(&key, &cipher.find_key(generation(1)).unwrap()));
         assert_eq!((generation_of(&seal(&cipher).unwrap()), cipher.generation()), (2, generation(2)));
         assert_eq!(open(&cipher, &first), Ok(()));
-        cipher.0.replace(data_keys(2..=2), None).unwrap();
+        cipher.0.follow(&generations(2..=2), Vec::new(), None).unwrap();
         assert_eq!(open(&cipher, &first), Err(PageError::UnknownGeneration(generation(1))));
         assert_eq!(Arc::strong_count(&key), 2, "more than this test and its session hold a key that is gone");
     }
@@ -680,7 +695,7 @@ mod tests {
         let cipher = cipher(None, None);
         assert!(cipher.0.close(Closed::Disabled).wait(PATIENCE));
         let kind = |outcome: Result<(), crate::Error>| outcome.unwrap_err().kind();
-        assert_eq!(kind(cipher.0.replace(data_keys(1..=2), None)), ErrorKind::Closed);
+        assert_eq!(kind(cipher.0.follow(&generations(1..=2), data_keys(2..=2), None)), ErrorKind::Closed);
         assert_eq!(kind(cipher.0.add_generation(data_key(2), None)), ErrorKind::Closed);
         assert_eq!(kind(cipher.0.forget_generation(generation(1)).map(drop)), ErrorKind::Closed);
         assert_eq!(cipher.generation(), generation(1));
@@ -697,7 +712,8 @@ mod tests {
         impl GenerationSource for OtherProcess {
             fn look_for(&self, _: DatabaseId, generation: Generation) -> bool {
                 self.1.store(true, Ordering::Relaxed);
-                generation.get() == 2 && self.0.get().unwrap().0.replace(data_keys(1..=2), None).is_ok()
+                let here = &self.0.get().unwrap().0;
+                generation.get() == 2 && here.follow(&generations(1..=2), data_keys(2..=2), None).is_ok()
             }
         }
         let source = Arc::new(OtherProcess(OnceLock::new(), AtomicBool::new(false)));

@@ -67,8 +67,8 @@ impl<'a> Appender<'a> {
         // Until all of it succeeded: a sync that failed must never be tried again, for the kernel forgets what it lost.
         self.writer.failed = true;
         self.file.sync("syncing the pages of")?;
-        let keystore_sequence = self.file.0.place.keystore_sequence.load(Ordering::Acquire);
-        let header = HeaderBody { written: self.next, keystore_sequence, ..self.writer.header };
+        let seen = self.file.0.place.history.now();
+        let header = HeaderBody { written: self.next, seen, ..self.writer.header };
         self.writer.header = self.file.write_both_slots(&current.key, header)?;
         if self.next > 0 {
             self.file.remap(self.next)?;

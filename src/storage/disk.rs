@@ -77,11 +77,9 @@ pub(crate) trait Disk: Send + Sync {
     fn write_at(&self, path: &Path, expected: Stat, at: u64, bytes: &[u8], sync: bool) -> io::Result<()>;
 
     /// Removes a file, if there is one. Not synced.
-    #[allow(dead_code)] // used by the keystore
     fn remove(&self, path: &Path) -> io::Result<()>;
 
     /// The paths of the files in a directory, sorted, without directories; none if there is no such directory.
-    #[allow(dead_code)] // used by the keystore
     fn list(&self, dir: &Path) -> io::Result<Vec<PathBuf>>;
 
     /// Puts a file with these bytes at `path`, whole or not at all, durably.
@@ -213,12 +211,6 @@ fn make_directories_with(path: &Path, sync: &dyn Fn(&Path) -> io::Result<()>) ->
         _ => {}
     }
     sync(above)
-}
-
-/// The simulated disk under the name that the keystore's tests call it by.
-#[cfg(test)]
-pub(crate) mod faulty {
-    pub(crate) use super::simulated::{Broken, Fault, SimulatedDisk as FaultyDisk};
 }
 
 #[cfg(test)]

@@ -2,7 +2,11 @@
 //! removed, so that all processes lock the same; which byte stands for what is said at [`generation_byte`] and
 //! [`file_byte`].
 //!
-//! The locks belong to the descriptor, of which a process has one a cluster. What the threads of a process would all
+//! The kernel looks at all locks of a file for each that is taken, so that ten thousand databases in one file made each
+//! change cost twenty times what it should. Those of generations and page files are therefore spread over [`SPREAD_OVER`]
+//! more files, opened when they are first needed: `lock.0`, `lock.1` and so on.
+//!
+//! The locks belong to the descriptor, of which a process has one a file. What the threads of a process would all
 //! have at once is therefore told apart here, in the process.
 //!
 //! A killed process holds nothing: the kernel frees its locks. A forked child shares the descriptor and so the locks:
@@ -15,7 +19,7 @@ use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, PageError, Result};
@@ -26,6 +30,8 @@ use crate::storage::ofd;
 /// The locks of one cluster, through one descriptor. See the [module](self).
 pub(crate) struct LockFile {
     file: File,
+    /// Those with the derived bytes.
+    spread: [OnceLock<File>; SPREAD_OVER],
     path: PathBuf,
     fork: ForkDetector,
     /// Whether a thread of this process has, or waits for, byte 0.
@@ -66,13 +72,13 @@ impl LockFile {
     /// # Errors
     /// [`ErrorKind::Io`]; [`ErrorKind::Resources`] if there is no memory for noticing forks.
     pub(crate) fn open(path: &Path) -> Result<Arc<Self>> {
-        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path);
-        let file = file.map_err(|error| Error::io(format!("opening the lock file {}", path.display()), error))?;
+        let file = open(path).map_err(|error| Error::io(format!("opening the lock file {}", path.display()), error))?;
         let fork = ForkDetector::new().map_err(|error| {
             Error::with_source(ErrorKind::Resources, format!("no memory for noticing forks: {error}"), error)
         })?;
         Ok(Arc::new(Self {
             file,
+            spread: [const { OnceLock::new() }; SPREAD_OVER],
             path: path.to_owned(),
             fork,
             busy: Mutex::default(),
@@ -103,6 +109,7 @@ impl LockFile {
     ///
     /// # Errors
     /// [`ErrorKind::Io`]; [`ErrorKind::Forked`].
+    #[allow(dead_code)] // taken by whoever sends notifications, which nobody does yet
     pub(crate) fn try_lease(self: &Arc<Self>) -> Result<Option<Lease>> {
         self.check_fork()?;
         Ok(self.try_own(&mut self.table(), LEASE)?.map(Lease))
@@ -121,7 +128,7 @@ impl LockFile {
         if let Some(hold) = table.held.get(&byte).and_then(|held| held.newest.upgrade()) {
             return Ok(hold);
         }
-        if table.owned.contains(&byte) || !ofd::try_shared(&self.file, byte).map_err(|error| self.failed(error))? {
+        if table.owned.contains(&byte) || !self.ask(ofd::try_shared, byte)? {
             let message = format!("generation {generation} of database {database} is being destroyed; try again");
             return Err(Error::new(ErrorKind::InUse, message));
         }
@@ -149,6 +156,25 @@ impl LockFile {
         if table.held.contains_key(&byte) || table.owned.contains(&byte) {
             return Ok(Err(Holder::ThisProcess));
         }
+        Ok(self.try_own(&mut table, byte)?.map(Destroying).ok_or(Holder::AnotherProcess))
+    }
+
+    /// As [`LockFile::try_destroy`], but holds of this process are not in the way: the caller refuses those who have them.
+    ///
+    /// # Errors
+    /// As [`LockFile::try_destroy`].
+    pub(crate) fn try_take_from_others(
+        self: &Arc<Self>,
+        database: DatabaseId,
+        generation: Generation,
+    ) -> Result<Result<Destroying, Holder>> {
+        self.check_fork()?;
+        let mut table = self.table();
+        let byte = generation_byte(database, generation);
+        if table.owned.contains(&byte) {
+            return Ok(Err(Holder::ThisProcess));
+        }
+        // A shared lock of our own becomes an exclusive one, in one step.
         Ok(self.try_own(&mut table, byte)?.map(Destroying).ok_or(Holder::AnotherProcess))
     }
 
@@ -193,7 +219,7 @@ impl LockFile {
         let begun = Instant::now();
         let turn = self.wait_for_threads(patience)?;
         let mut pauses = Pauses::new();
-        while !attempt(&self.file, CHANGE).map_err(|error| self.failed(error))? {
+        while !self.ask(attempt, CHANGE)? {
             let left = patience.saturating_sub(begun.elapsed());
             if left.is_zero() {
                 return Err(self.busy_for("another process has", begun.elapsed(), "if it hangs, end it"));
@@ -221,7 +247,7 @@ impl LockFile {
     }
 
     fn try_own(self: &Arc<Self>, table: &mut Table, byte: u64) -> Result<Option<OwnedByte>> {
-        if table.owned.contains(&byte) || !ofd::try_exclusive(&self.file, byte).map_err(|error| self.failed(error))? {
+        if table.owned.contains(&byte) || !self.ask(ofd::try_exclusive, byte)? {
             return Ok(None);
         }
         table.owned.insert(byte);
@@ -230,7 +256,26 @@ impl LockFile {
 
     /// What cannot be unlocked stays locked until the process ends. That keeps others out, and lets nobody in.
     fn unlock(&self, byte: u64) {
-        let _ = ofd::unlock(&self.file, byte);
+        let _ = self.file_with(byte).and_then(|file| ofd::unlock(file, byte));
+    }
+
+    fn ask(&self, lock: fn(&File, u64) -> io::Result<bool>, byte: u64) -> Result<bool> {
+        self.file_with(byte).and_then(|file| lock(file, byte)).map_err(|error| self.failed(error))
+    }
+
+    /// The file whose byte this is. What is opened twice at once is closed again before anything of it is locked.
+    fn file_with(&self, byte: u64) -> io::Result<&File> {
+        if byte < FIRST_DERIVED {
+            return Ok(&self.file);
+        }
+        let number = (byte % SPREAD_OVER as u64) as usize;
+        if let Some(file) = self.spread[number].get() {
+            return Ok(file);
+        }
+        let mut path = self.path.clone().into_os_string();
+        path.push(format!(".{number}"));
+        let file = open(Path::new(&path))?;
+        Ok(self.spread[number].get_or_init(|| file))
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
@@ -245,6 +290,10 @@ impl LockFile {
     fn failed(&self, error: io::Error) -> Error {
         Error::io(format!("locking {}", self.path.display()), error)
     }
+}
+
+fn open(path: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)
 }
 
 /// Nobody else changes or reads the keystore as long as this lives.
@@ -289,13 +338,17 @@ impl Drop for GenerationHold {
         held.live -= 1;
         if held.live == 0 {
             table.held.remove(&self.byte);
-            self.file.unlock(self.byte);
+            // Unless it is locked exclusively meanwhile: then its owner unlocks it.
+            if !table.owned.contains(&self.byte) {
+                self.file.unlock(self.byte);
+            }
         }
     }
 }
 
 /// The right to send notifications: see [`LockFile::try_lease`].
 #[must_use]
+#[allow(dead_code)]
 pub(crate) struct Lease(#[allow(dead_code)] OwnedByte); // kept for its drop
 
 /// A generation that nobody can hold: see [`LockFile::try_destroy`].
@@ -319,7 +372,12 @@ impl Drop for OwnedByte {
         }
         let mut table = self.file.table();
         table.owned.remove(&self.byte);
-        self.file.unlock(self.byte);
+        if table.held.contains_key(&self.byte) {
+            // Others here held it all the time; from an exclusive lock to a shared one there is always a way.
+            let _ = self.file.ask(ofd::try_shared, self.byte);
+        } else {
+            self.file.unlock(self.byte);
+        }
     }
 }
 
@@ -369,7 +427,11 @@ fn scatter(database: DatabaseId, number: u64) -> u64 {
 /// Locked while the keystore is changed (exclusively) or read (shared).
 const CHANGE: u64 = 0;
 /// Locked by the one who sends notifications.
+#[allow(dead_code)]
 const LEASE: u64 = 1;
+/// How many files hold the locks on derived bytes. Part of what processes agree on: another number would let them lock
+/// the same byte of different files.
+const SPREAD_OVER: usize = 64;
 /// Bytes below are for fixed purposes. The last derived byte is 2^62 + 4,095, well within the kernel's signed 64 bits.
 const FIRST_DERIVED: u64 = 4096;
 const DOMAIN: u64 = 1 << 61;
@@ -547,6 +609,26 @@ mod tests {
     }
 
     #[test]
+    fn a_generation_is_taken_from_other_processes_in_spite_of_holds_here_which_stay_locked_afterwards() {
+        let (_scratch, ours, theirs) = Scratch::two("take");
+        let take = || ours.try_take_from_others(DATABASE, FIRST).unwrap();
+        let (hold, other) = (ours.hold(DATABASE, FIRST).unwrap(), theirs.hold(DATABASE, FIRST).unwrap());
+        assert_eq!(take().err(), Some(Holder::AnotherProcess));
+        drop(other);
+        let taken = take().expect("only this process holds it");
+        in_use(theirs.hold(DATABASE, FIRST));
+        assert_eq!(take().err(), Some(Holder::ThisProcess));
+        drop(taken);
+        assert_eq!(holder(&theirs, FIRST), Some(Holder::AnotherProcess), "the hold lost its lock");
+        // The hold may go first.
+        let taken = take().expect("only this process holds it");
+        drop(hold);
+        in_use(theirs.hold(DATABASE, FIRST));
+        drop(taken);
+        assert_eq!(holder(&theirs, FIRST), None, "nobody holds it any more");
+    }
+
+    #[test]
     fn a_hold_taken_while_the_last_one_is_dropped_stays() {
         let (_scratch, ours, theirs) = Scratch::two("hold-race");
         std::thread::scope(|scope| {
@@ -615,8 +697,8 @@ mod tests {
         assert!(bytes.iter().all(|byte| *byte < i64::MAX as u64));
         let last = FIRST_DERIVED + DOMAIN + (DOMAIN - 1);
         let (_scratch, ours, theirs) = Scratch::two("last-byte");
-        assert!(ofd::try_exclusive(&ours.file, last).unwrap());
-        assert!(!ofd::try_shared(&theirs.file, last).unwrap());
+        assert!(ours.ask(ofd::try_exclusive, last).unwrap());
+        assert!(!theirs.ask(ofd::try_shared, last).unwrap());
     }
 
     #[test]

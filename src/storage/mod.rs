@@ -2,7 +2,6 @@
 
 pub(crate) mod appender;
 pub(crate) mod disk;
-#[allow(dead_code)] // used by cluster.rs
 pub(crate) mod locks;
 pub(crate) mod map;
 mod ofd;

@@ -7,14 +7,14 @@ use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, TryLockError, Weak};
+use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 
 use arc_swap::ArcSwapOption;
 
 use crate::error::{Error, ErrorKind, PageError, Result};
 use crate::format::file_header::{ClearHeader, HeaderBody, SLOT_LEN, SLOTS, check_page_size, page_offset};
 use crate::format::page::{OVERHEAD, PageContext, Trailer};
-use crate::ids::FileId;
+use crate::ids::{FileId, Generation};
 use crate::keys::keyring::{DataKey, OpenKeys};
 use crate::page::batch::{NoTokens, share_out};
 use crate::page::cipher::or_zeros;
@@ -124,7 +124,7 @@ impl PageFile {
     pub(crate) fn create(
         place: Place,
         options: &PageFileOptions,
-        register: impl FnOnce() -> Result<()>,
+        register: impl FnOnce(Generation) -> Result<()>,
     ) -> Result<Self> {
         options.check()?;
         let path = place.path();
@@ -137,14 +137,13 @@ impl PageFile {
         };
         let current = place.cipher.current_key()?;
         let oldest_generation = current.key.generation;
-        let keystore_sequence = place.keystore_sequence.load(Ordering::Acquire);
-        let header = HeaderBody { sequence: 1, written: 0, oldest_generation, keystore_sequence };
+        let header = HeaderBody { sequence: 1, written: 0, oldest_generation, seen: place.history.now() };
         let first = HeaderBody { sequence: 0, ..header };
         let seal = |slot, body| place.seal_slot(&current.key, &ClearHeader { slot, ..clear }, body);
         let slots = [seal(0, &first)?, seal(1, &header)?];
         let io = |error| Error::io(format!("creating {}", path.display()), error);
         let file = write_new(&place.unregistered(), &slots.concat()).map_err(io)?;
-        register()?;
+        register(oldest_generation)?;
         publish(&place.unregistered(), &path).map_err(io)?;
         Ok(Self::new(place, path, file, clear, header))
     }
@@ -182,8 +181,8 @@ impl PageFile {
         Self(inner)
     }
 
-    pub(crate) fn downgrade(&self) -> Weak<Inner> {
-        Arc::downgrade(&self.0)
+    pub(crate) fn into_inner(self) -> Arc<Inner> {
+        self.0
     }
 
     fn new(place: Place, path: PathBuf, file: File, clear: ClearHeader, header: HeaderBody) -> Self {

@@ -4,18 +4,18 @@ use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::aead::AesBackend;
 use crate::env::Env;
 use crate::error::{Error, ErrorKind, PageError, Result};
 use crate::format::derive::Label;
-use crate::format::file_header::{BODY_LEN, CLEAR_LEN, ClearHeader, HeaderBody, SLOT_LEN, unknown_version};
+use crate::format::file_header::{BODY_LEN, CLEAR_LEN, ClearHeader, HeaderBody, SLOT_LEN, Seen, unknown_version};
 use crate::format::page::{NONCE_LEN, OVERHEAD, SALT_LEN, SubkeyName, Trailer};
 use crate::ids::{ClusterId, DatabaseId, FileId};
 use crate::keys::keyring::DataKey;
 use crate::page::cipher::PageCipher;
 use crate::storage::disk::make_directories;
+use crate::storage::locks::FileOwner;
 
 /// Where a page file belongs, and what it is opened with.
 pub(crate) struct Place {
@@ -26,8 +26,23 @@ pub(crate) struct Place {
     pub(crate) cipher: PageCipher,
     pub(crate) backend: AesBackend,
     pub(crate) env: Env,
-    /// The sequence of the cluster's keystore, as it grows.
-    pub(crate) keystore_sequence: Arc<AtomicU64>,
+    /// The cluster's keystore, as it grows.
+    pub(crate) history: Arc<dyn History>,
+    /// Held as long as the file is open: no other process has it.
+    #[allow(dead_code)] // kept for its drop
+    pub(crate) owner: Option<FileOwner>,
+}
+
+/// The history of the cluster's keystore: it only grows, so one that lacks what a file has seen was put back from a copy.
+pub(crate) trait History: Send + Sync {
+    /// The last change.
+    fn now(&self) -> Seen;
+
+    /// Whether it has this change. If not, the implementor changes nothing any more.
+    ///
+    /// # Errors
+    /// Those of looking at what other processes changed.
+    fn has(&self, seen: &Seen) -> Result<bool>;
 }
 
 impl Place {
@@ -38,6 +53,21 @@ impl Place {
     /// Where a file lies between its making and its registration.
     pub(super) fn unregistered(&self) -> PathBuf {
         self.path().with_extension("new")
+    }
+
+    /// Removes the file, durably, wherever a creation or a removal that was interrupted left it. Returns where it lay.
+    pub(crate) fn remove(&self) -> Result<PathBuf> {
+        let path = self.path();
+        let removed = [&path, &self.unregistered()].into_iter().try_for_each(|path| match fs::remove_file(path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        });
+        let synced = removed.and_then(|()| match File::open(&self.directory) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+            directory => directory?.sync_all(),
+        });
+        synced.map_err(|error| Error::io(format!("removing {}", path.display()), error))?;
+        Ok(path)
     }
 
     fn check(&self, clear: &ClearHeader, path: &Path) -> Result<()> {
@@ -85,17 +115,17 @@ impl Place {
         }
     }
 
-    /// The keystore only grows: one that is older than what a file saw was put back from a copy.
+    /// Refuses a file that has seen more of the keystore, or another one, than is there.
     pub(super) fn check_keystore(&self, header: &HeaderBody, path: &Path) -> Result<()> {
-        let have = self.keystore_sequence.load(Ordering::Acquire);
-        if header.keystore_sequence <= have {
+        if self.history.has(&header.seen)? {
             return Ok(());
         }
         let message = format!(
-            "the keystore is older than {}: it stands at change {have}, the file has seen change {}; put the newest \
-             keystore back",
+            "the keystore is older than {}, or of another history: it stands at change {}, the file has seen change {} of \
+             its own; put the newest keystore back",
             path.display(),
-            header.keystore_sequence
+            self.history.now().sequence,
+            header.seen.sequence
         );
         Err(Error::new(ErrorKind::KeystoreStale, message))
     }

@@ -6,14 +6,15 @@
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 use std::{env, io};
 
-use crate::aead::{AesBackend, hmac_sha256};
+use crate::aead::{AesBackend, HmacKey, hmac_sha256};
 use crate::env::Env;
 use crate::error::{Error, ErrorKind, KmsClass, Result};
 use crate::format::derive::Label;
-use crate::format::file_header::{self, BODY_LEN, CLEAR_LEN, ClearHeader, HeaderBody, SLOT_LEN};
+use crate::format::file_header::{self, BODY_LEN, CLEAR_LEN, ClearHeader, HeaderBody, SLOT_LEN, Seen};
 use crate::format::group::{self, HEAD_LEN, Head};
 use crate::format::keystore::{HEADER_MAC_LEN, Header, Hierarchy, KeyUse, Operation, OwnerId, OwnerKind, SealedName};
 use crate::format::page::{NONCE_LEN, OVERHEAD, SALT_LEN, SubkeyName, Suite, TAG_LEN, Trailer};
@@ -24,13 +25,14 @@ use crate::ids::{ClusterId, DatabaseId, FileId, Generation, MasterKeyId, SealId}
 use crate::keys::keyring::DataKey;
 use crate::keys::keystore::{Keystore, UnverifiedKeystore};
 use crate::keys::payload;
+use crate::keys::store::{Durability, KeystoreStore, MemoryStore};
 use crate::keys::wrapper::{KeyWrapper, WrapContext, WrappedKey};
 use crate::kms::local::LocalKeyFile;
 use crate::page::cipher::PageCipher;
 use crate::page::pool::Inline;
 use crate::secret::{KeyPayload, SecretKey};
 use crate::storage::page_file::{PageFile, PageFileOptions};
-use crate::storage::place::Place;
+use crate::storage::place::{History, Place};
 
 /// A structure on disk, or inside a wrapped key, that can be read without a key.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -207,7 +209,7 @@ pub struct KnownKeystore {
     history: Vec<Keystore>,
     ends: Vec<usize>,
     bytes: Vec<u8>,
-    scratch: Scratch,
+    mac: HmacKey,
 }
 
 impl KnownKeystore {
@@ -216,16 +218,19 @@ impl KnownKeystore {
     /// # Errors
     /// No locked memory; no place for the files.
     pub fn new() -> Result<Self> {
-        let mut new = Self { history: Vec::new(), ends: Vec::new(), bytes: Vec::new(), scratch: Scratch::new()? };
+        let mac = HmacKey::new(&key(MAC)?)?;
+        let mut new = Self { history: Vec::new(), ends: Vec::new(), bytes: Vec::new(), mac };
         for groups in 0..=history().len() {
-            let directory = new.scratch.directory(&groups.to_string())?;
-            let mut keystore = Keystore::create(&directory, header(), Vec::new(), key(MAC)?)?;
-            history().into_iter().take(groups).try_for_each(|operations| keystore.append(operations))?;
-            new.bytes = fs::read(directory.join("keystore")).map_err(scratch_failed)?;
+            let store = Arc::new(MemoryStore::default());
+            let mut keystore = Keystore::create(Arc::clone(&store) as _, header(), Vec::new(), &new.mac)?;
+            history()
+                .into_iter()
+                .take(groups)
+                .try_for_each(|operations| keystore.append(&new.mac, operations, Durability::Both))?;
+            new.bytes = bytes_of(&store)?;
             new.ends.push(new.bytes.len());
             new.history.push(keystore);
         }
-        new.scratch.directory("changed")?;
         Ok(new)
     }
 
@@ -239,15 +244,14 @@ impl KnownKeystore {
         &self.ends
     }
 
-    /// Reads a keystore with these bytes and verifies it.
+    /// Reads a keystore whose first copy has these bytes, and whose second has those or is missing, and verifies it.
     ///
     /// # Errors
     /// As opening a cluster.
-    pub fn open(&self, bytes: &[u8]) -> Result<OpenKeystore<'_>> {
-        let directory = self.scratch.path("changed");
-        fs::write(directory.join("keystore"), bytes).map_err(scratch_failed)?;
-        let keystore = read_keystore(&directory)?;
-        Ok(OpenKeystore { known: self, keystore })
+    pub fn open(&self, first: &[u8], second: Option<&[u8]>) -> Result<OpenKeystore<'_>> {
+        let store = Arc::new(MemoryStore::with([Some(first.to_vec()), second.map(<[u8]>::to_vec)]));
+        let keystore = UnverifiedKeystore::read(Arc::clone(&store) as _)?.verify(&self.mac)?;
+        Ok(OpenKeystore { known: self, keystore, store })
     }
 
     /// The history, and after it one more group with this body: correctly authenticated, whatever the body.
@@ -306,6 +310,7 @@ pub fn authenticate(file: &mut [u8]) -> Result<()> {
 pub struct OpenKeystore<'a> {
     known: &'a KnownKeystore,
     keystore: Keystore,
+    store: Arc<MemoryStore>,
 }
 
 impl OpenKeystore<'_> {
@@ -333,24 +338,33 @@ impl OpenKeystore<'_> {
         })
     }
 
-    /// Appends one more operation. True if the file, read again, is then what this keystore is.
+    /// Appends one more operation, and writes the keystore anew. True if the files, read again after each, are then what
+    /// this keystore is, and both copies are whole.
     ///
     /// # Errors
-    /// Those of appending and of reading.
-    pub fn append(mut self) -> Result<bool> {
+    /// Those of changing and of reading.
+    pub fn change(mut self) -> Result<bool> {
+        let mac = &self.known.mac;
         let operation = Operation::Probe(Record { created: 77, ..record(Purpose::Probe, 0, 1) });
-        self.keystore.append(vec![operation])?;
-        let again = read_keystore(&self.known.scratch.path("changed"))?;
-        Ok(same(&again, &self.keystore) && !again.has_torn_tail())
+        self.keystore.append(mac, vec![operation], Durability::Both)?;
+        let appended = self.is_stored()?;
+        self.keystore.rewrite(mac, Vec::new(), None)?;
+        Ok(appended && self.is_stored()?)
+    }
+
+    fn is_stored(&self) -> Result<bool> {
+        let again = UnverifiedKeystore::read(Arc::clone(&self.store) as _)?.verify(&self.known.mac)?;
+        Ok(same(&again, &self.keystore) && again.is_settled())
     }
 }
 
-fn read_keystore(directory: &Path) -> Result<Keystore> {
-    UnverifiedKeystore::read(directory)?.verify(key(MAC)?)
+fn bytes_of(store: &MemoryStore) -> Result<Vec<u8>> {
+    let read = store.read(0).map_err(scratch_failed)?;
+    Ok(read.map(|(_, bytes)| bytes).unwrap_or_default())
 }
 
 fn same(one: &Keystore, other: &Keystore) -> bool {
-    one.sequence() == other.sequence()
+    one.position() == other.position()
         && one.cluster_record() == other.cluster_record()
         && one.catalogue() == other.catalogue()
 }
@@ -363,6 +377,7 @@ fn header() -> Header {
         hierarchy: Hierarchy::Direct,
         cluster: ClusterId::from_bytes([0xc1; 16]),
         sequence: 40,
+        whole: 40,
         record: record(Purpose::Cluster, 0, 1),
     }
 }
@@ -433,7 +448,7 @@ impl KnownFile {
         let cipher = super::stray_cipher(Suite::Aes256Gcm, AesBackend::Ring)?;
         let mut new = Self { cipher, bytes: Vec::new(), scratch: Scratch::new()? };
         let options = PageFileOptions::new().page_size(Self::PAGE_SIZE);
-        let file = PageFile::create(new.place(), &options, || Ok(()))?;
+        let file = PageFile::create(new.place(), &options, |_| Ok(()))?;
         let append = |pages: std::ops::Range<u8>| {
             let payloads: Vec<u8> = pages.flat_map(|page| vec![page; file.payload_len()]).collect();
             let mut appender = file.append()?;
@@ -499,12 +514,26 @@ impl KnownFile {
             cipher: self.cipher.clone(),
             backend: AesBackend::Ring,
             env: Env::system(),
-            keystore_sequence: std::sync::Arc::new(std::sync::atomic::AtomicU64::new(41)),
+            history: Arc::new(Forgetful),
+            owner: None,
         }
     }
 }
 
 const FILE: FileId = FileId::new(7);
+
+/// A keystore at change 41 that has every other change, too.
+struct Forgetful;
+
+impl History for Forgetful {
+    fn now(&self) -> Seen {
+        Seen { sequence: 41, tag: [0; TAG_LEN] }
+    }
+
+    fn has(&self, seen: &Seen) -> Result<bool> {
+        Ok(seen.sequence <= 41)
+    }
+}
 
 fn key(byte: u8) -> Result<SecretKey> {
     SecretKey::fill_with(|out| {
@@ -555,12 +584,6 @@ impl Scratch {
 
     fn path(&self, name: &str) -> PathBuf {
         self.directory.join(name)
-    }
-
-    fn directory(&self, name: &str) -> Result<PathBuf> {
-        let path = self.path(name);
-        fs::create_dir(&path).map_err(scratch_failed)?;
-        Ok(path)
     }
 }
 

@@ -1,0 +1,119 @@
+//! Keeping the wrapped keys in a safe place: one file that holds the whole keystore, and the way back.
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::aead::check_suite;
+use crate::cluster::options::ClusterOptions;
+use crate::cluster::shared::{PATIENCE, unwrap_any_root};
+use crate::cluster::{Cluster, ClusterInner, check_expected, check_providers, lock_file, make_cluster_directory};
+use crate::error::{Error, ErrorKind, Result};
+use crate::keys::chain::MAX_FILE_LEN;
+use crate::keys::keystore::{Keystore, UnverifiedKeystore};
+use crate::keys::root::RootKeys;
+use crate::keys::store::FileStore;
+use crate::keys::wrappers::Wrappers;
+use crate::storage::disk::{Disk, RealDisk};
+
+impl Cluster {
+    /// Writes the whole keystore to a file, durably: every wrapped key, and who uses it. Without the master keys it opens
+    /// nothing, and tells no more than the keystore does; with them it opens everything, so whoever drops a database must
+    /// think of it. Make one after each change that must not be lost with this disk.
+    ///
+    /// # Errors
+    /// [`ErrorKind::AlreadyExists`] if there is a file at `path`; [`ErrorKind::Closed`] while the cluster is disabled;
+    /// [`ErrorKind::Io`].
+    pub fn export(&self, path: &Path) -> Result<()> {
+        let io = |error| Error::io(format!("exporting the keystore to {}", path.display()), error);
+        if RealDisk.exists(path).map_err(io)? {
+            let message = format!("there is a file {} already; choose another name", path.display());
+            return Err(Error::new(ErrorKind::AlreadyExists, message));
+        }
+        let bytes = self.0.export()?;
+        RealDisk.replace(path, &bytes).map_err(io)
+    }
+
+    /// Puts an exported keystore in the place of one that was lost or damaged beyond repair, and opens the cluster. What
+    /// was created after the export is not in it: those databases can be opened by a newer copy only, and it is as if
+    /// databases dropped since were never dropped. What lay there is kept beside it as `keystore.damaged-…`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::AlreadyExists`] if the keystore that is there can be verified and is not older: nothing is lost, open it;
+    /// [`ErrorKind::NotFound`] without a file at `path`; else as [`Cluster::open`].
+    pub fn import(directory: &Path, path: &Path, options: ClusterOptions, wrappers: Wrappers) -> Result<Self> {
+        check_suite(options.suite)?;
+        check_providers(&wrappers)?;
+        make_cluster_directory(directory)?;
+        let locks = lock_file(directory)?;
+        let store = Arc::new(FileStore::new(Arc::clone(&options.disk), directory, Arc::clone(&locks)));
+        let bytes = RealDisk.read(path, MAX_FILE_LEN as u64).map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound => {
+                let message = format!("there is no exported keystore {}", path.display());
+                Error::with_source(ErrorKind::NotFound, message, error)
+            }
+            _ => Error::io(format!("reading the exported keystore {}", path.display()), error),
+        })?;
+        let mut exported = UnverifiedKeystore::exported(Arc::clone(&store) as _, bytes)?;
+        check_expected(&mut exported, directory, &options, &wrappers)?;
+        let (root, _) = unwrap_any_root(&wrappers, &options, exported.headers())?;
+        let mut keystore = exported.verify(&root.mac)?;
+        {
+            let _change = locks.change(PATIENCE)?;
+            refuse_if_newer_is_there(&store, &root, &keystore)?;
+            keystore.install(&root.mac)?;
+        }
+        Self::assemble(directory, options, wrappers, locks, store, keystore, root)
+    }
+}
+
+impl ClusterInner {
+    /// The whole keystore. If both copies were lost or damaged while it was open, as it was before: that may be the way to
+    /// get it back.
+    fn export(&self) -> Result<Vec<u8>> {
+        use ErrorKind::{Authentication, Damaged, NotFound};
+        match self.look(|keystore, root| keystore.export(&root.mac)) {
+            Err(error) if matches!(error.kind(), NotFound | Damaged | Authentication) => {
+                let root = self.root()?;
+                self.keystore().export(&root.mac)
+            }
+            exported => exported,
+        }
+    }
+}
+
+/// An import must not take keys away that are there.
+fn refuse_if_newer_is_there(store: &Arc<FileStore>, root: &RootKeys, exported: &Keystore) -> Result<()> {
+    let there = UnverifiedKeystore::read(Arc::clone(store) as _).and_then(|there| {
+        refuse_if_anothers(&there, root)?;
+        there.verify(&root.mac)
+    });
+    match there {
+        Ok(there) if there.position().0 >= exported.as_of() => {
+            let message = format!(
+                "the keystore that is there is whole, and not older than the exported one (change {} and {}); open it instead",
+                there.position().0,
+                exported.as_of()
+            );
+            Err(Error::new(ErrorKind::AlreadyExists, message))
+        }
+        // Not there, older, or damaged in both copies.
+        Ok(_) => Ok(()),
+        Err(error) => match error.kind() {
+            ErrorKind::NotFound | ErrorKind::Damaged | ErrorKind::Authentication => Ok(()),
+            _ => Err(error),
+        },
+    }
+}
+
+fn refuse_if_anothers(there: &UnverifiedKeystore, root: &RootKeys) -> Result<()> {
+    let own = root.names.cluster;
+    match there.headers().first() {
+        Some(other) if there.headers().iter().all(|header| header.cluster != own) => {
+            let message =
+                format!("the keystore that is there is of cluster {}, not {own}; move it away first", other.cluster);
+            Err(Error::new(ErrorKind::WrongIdentity, message))
+        }
+        _ => Ok(()),
+    }
+}

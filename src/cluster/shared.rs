@@ -1,0 +1,394 @@
+//! What the handles of a cluster share: its own keys, its keystore and how it is read and changed, and what is open.
+//!
+//! Locks are taken in one order: `moving`, `lifecycle`, the lock among processes, the keystore's mutex. The last two are
+//! never held while a key service is called, and who waits for another process keeps no thread from the keystore.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use arc_swap::{ArcSwap, ArcSwapOption};
+
+use crate::aead::AesBackend;
+use crate::cluster::gate::Fading;
+use crate::cluster::options::ClusterOptions;
+use crate::cluster::watch::Watch;
+use crate::env::Env;
+use crate::error::{Error, ErrorKind, PageError, Result};
+use crate::format::file_header::Seen;
+use crate::format::keystore::{Header, Hierarchy, Operation};
+use crate::format::record::Record;
+use crate::format::wrapped::Purpose;
+use crate::ids::{ClusterId, DatabaseId, FileId, Generation};
+use crate::keys::calls::WrapRequest;
+use crate::keys::keystore::{Keystore, UnverifiedKeystore};
+use crate::keys::root::RootKeys;
+use crate::keys::store::{Durability, FileStore};
+use crate::keys::wrappers::Wrappers;
+use crate::page::cipher::CipherInner;
+use crate::page::subkeys::SubkeyCache;
+use crate::registry::Registry;
+use crate::secret::ForkDetector;
+use crate::storage::locks::LockFile;
+use crate::storage::page_file;
+use crate::storage::place::History;
+
+/// How long to wait for another process that reads or changes the keystore. Such work takes milliseconds; a process that was
+/// stopped in the middle of it must not stop this one for ever.
+pub(super) const PATIENCE: Duration = Duration::from_secs(30);
+/// How often a change is tried when other processes replace the cluster key under it.
+const TRIES: usize = 8;
+
+pub(crate) struct ClusterInner {
+    pub(crate) id: ClusterId,
+    pub(crate) directory: PathBuf,
+    pub(crate) options: ClusterOptions,
+    pub(crate) locks: Arc<LockFile>,
+    pub(super) store: Arc<FileStore>,
+    wrappers: ArcSwap<Wrappers>,
+    /// None while the cluster is disabled.
+    root: ArcSwapOption<RootKeys>,
+    fork: ForkDetector,
+    /// Held while the cluster is disabled, brought back, or moved to other keys: one at a time.
+    pub(super) lifecycle: Mutex<Fading>,
+    /// Held while keys are moved to others. Key services are called under it, and under no other lock.
+    pub(crate) moving: Mutex<()>,
+    keystore: Mutex<Keystore>,
+    /// The keystore's last change, for those who note it without taking the keystore's mutex.
+    position: Mutex<Seen>,
+    /// The keystore's, for those who must not wait for its mutex.
+    clustered: AtomicBool,
+    /// Somebody put an older keystore back: nothing is changed any more.
+    stale: AtomicBool,
+    /// Databases in use, so that there is one set of keys and one session for each.
+    pub(super) ciphers: Registry<DatabaseId, CipherInner>,
+    /// Open databases may lack what other processes changed.
+    pub(super) unfollowed: AtomicBool,
+    /// When a page last named an unknown generation that could not be looked for.
+    pub(super) failed_look: Mutex<Option<Instant>>,
+    /// Page files in use, so that there is one writer and one written mark for each.
+    pub(crate) files: Registry<(DatabaseId, FileId), page_file::Inner>,
+    pub(super) subkeys: Arc<SubkeyCache>,
+    pub(super) resumes: Arc<AtomicU64>,
+    /// Ends with the last handle.
+    watch: OnceLock<Watch>,
+}
+
+impl ClusterInner {
+    pub(super) fn new(
+        directory: PathBuf,
+        options: ClusterOptions,
+        wrappers: Wrappers,
+        locks: Arc<LockFile>,
+        store: Arc<FileStore>,
+        keystore: Keystore,
+        root: RootKeys,
+    ) -> Result<Self> {
+        let fork = ForkDetector::new().map_err(|error| Error::io("preparing to notice forks", error))?;
+        Ok(Self {
+            id: root.names.cluster,
+            directory,
+            locks,
+            store,
+            wrappers: ArcSwap::from_pointee(wrappers),
+            root: ArcSwapOption::from_pointee(root),
+            fork,
+            lifecycle: Mutex::default(),
+            moving: Mutex::default(),
+            position: Mutex::new(position_of(&keystore)),
+            clustered: AtomicBool::new(keystore.hierarchy() == Hierarchy::ClusterKey),
+            keystore: Mutex::new(keystore),
+            stale: AtomicBool::new(false),
+            ciphers: Registry::new(),
+            unfollowed: AtomicBool::new(false),
+            failed_look: Mutex::new(None),
+            files: Registry::new(),
+            subkeys: Arc::new(SubkeyCache::new(options.subkey_cache)),
+            resumes: Arc::default(),
+            watch: OnceLock::new(),
+            options,
+        })
+    }
+
+    pub(super) fn watch(&self, watch: Watch) {
+        let _ = self.watch.set(watch);
+    }
+
+    pub(crate) fn env(&self) -> &Env {
+        &self.options.env
+    }
+
+    pub(crate) fn backend(&self) -> AesBackend {
+        self.options.backend
+    }
+
+    /// Seconds since 1970.
+    pub(crate) fn now(&self) -> u64 {
+        (self.env().now)().as_secs()
+    }
+
+    /// The master keys that are configured now.
+    pub(crate) fn wrappers(&self) -> Arc<Wrappers> {
+        self.wrappers.load_full()
+    }
+
+    pub(crate) fn set_wrappers(&self, wrappers: Wrappers) {
+        self.wrappers.store(Arc::new(wrappers));
+    }
+
+    /// A call to a key service about one key of this cluster.
+    pub(crate) fn request(
+        &self,
+        database: Option<DatabaseId>,
+        generation: Generation,
+        purpose: Purpose,
+    ) -> WrapRequest {
+        request(&self.options, self.id, database, generation, purpose)
+    }
+
+    /// The cluster's own keys. In a forked child, where another thread's lock would be held for ever, they are refused before
+    /// any lock is touched.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Closed`] while the cluster is disabled; [`ErrorKind::Forked`].
+    pub(crate) fn root(&self) -> Result<Arc<RootKeys>> {
+        self.check_fork()?;
+        self.root.load_full().ok_or_else(|| PageError::Disabled.into())
+    }
+
+    pub(crate) fn check_fork(&self) -> Result<()> {
+        if self.fork.forked() { Err(PageError::Forked.into()) } else { Ok(()) }
+    }
+
+    pub(super) fn set_root(&self, root: Option<RootKeys>) -> Option<Arc<RootKeys>> {
+        self.root.swap(root.map(Arc::new))
+    }
+
+    /// The keystore's memory, as it is, whatever other processes did.
+    pub(crate) fn keystore(&self) -> MutexGuard<'_, Keystore> {
+        self.keystore.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Shows the keystore to `f`, after what other processes changed was taken over.
+    ///
+    /// # Errors
+    /// As [`ClusterInner::root`]; [`ErrorKind::KeystoreStale`]; what reading the keystore gives.
+    pub(crate) fn look<R>(&self, f: impl FnOnce(&Keystore, &Arc<RootKeys>) -> Result<R>) -> Result<R> {
+        for _ in 0..TRIES {
+            let root = self.root()?;
+            let mut keystore = self.keystore();
+            if keystore.is_behind()? {
+                drop(keystore);
+                let _look = self.locks.look(PATIENCE)?;
+                keystore = self.keystore();
+                self.catch_up(&mut keystore, &root)?;
+            }
+            if keystore.cluster_record().generation == root.generation() {
+                return f(&keystore, &root);
+            }
+            drop(keystore);
+            self.refresh_root()?;
+        }
+        Err(self.restless())
+    }
+
+    /// Lets `f` change the keystore, alone among threads and processes, after what others changed was taken over.
+    ///
+    /// # Errors
+    /// As [`ClusterInner::look`]; [`ErrorKind::InUse`] if another process keeps the lock; those of `f`.
+    pub(crate) fn change<R>(&self, f: impl FnOnce(&mut Keystore, &RootKeys) -> Result<R>) -> Result<R> {
+        for _ in 0..TRIES {
+            self.refuse_if_stale()?;
+            let root = self.root()?;
+            let change = self.locks.change(PATIENCE)?;
+            let mut keystore = self.keystore();
+            self.catch_up(&mut keystore, &root)?;
+            if keystore.cluster_record().generation == root.generation() {
+                keystore.settle(&root.mac)?;
+                let changed = f(&mut keystore, &root);
+                self.note(&keystore);
+                return changed;
+            }
+            drop(keystore);
+            // A key service is called next.
+            drop(change);
+            self.refresh_root()?;
+        }
+        Err(self.restless())
+    }
+
+    /// Appends what `build` makes of the catalogue as it is under the lock.
+    ///
+    /// # Errors
+    /// As [`ClusterInner::change`].
+    pub(crate) fn append<R>(
+        &self,
+        durability: Durability,
+        build: impl FnOnce(&Keystore, &RootKeys) -> Result<(Vec<Operation>, R)>,
+    ) -> Result<R> {
+        self.change(|keystore, root| {
+            let (operations, built) = build(keystore, root)?;
+            keystore.append(&root.mac, operations, durability)?;
+            if keystore.is_wasteful() {
+                keystore.rewrite(&root.mac, Vec::new(), None)?;
+            }
+            Ok(built)
+        })
+    }
+
+    /// Makes sure that a power cut leaves what was last looked at, before anything is sealed under a key out of it: who wrote
+    /// it may have ended before it was synced.
+    ///
+    /// # Errors
+    /// As [`ClusterInner::change`].
+    pub(crate) fn make_durable(&self) -> Result<()> {
+        let durable = self.keystore().is_durable();
+        if durable { Ok(()) } else { self.change(|_, _| Ok(())) }
+    }
+
+    /// Takes over what other processes changed. The caller holds the lock among processes.
+    pub(super) fn catch_up(&self, keystore: &mut Keystore, root: &RootKeys) -> Result<()> {
+        match keystore.catch_up(&root.mac) {
+            Ok(false) => Ok(()),
+            Ok(true) => {
+                self.unfollowed.store(true, Ordering::Release);
+                self.note(keystore);
+                Ok(())
+            }
+            Err(error) => {
+                if error.kind() == ErrorKind::KeystoreStale {
+                    self.stale.store(true, Ordering::Relaxed);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Not what a power cut may still take away: a page file that noted it would be refused ever after.
+    fn note(&self, keystore: &Keystore) {
+        if !keystore.is_durable() {
+            return;
+        }
+        *self.position.lock().unwrap_or_else(PoisonError::into_inner) = position_of(keystore);
+        self.clustered.store(keystore.hierarchy() == Hierarchy::ClusterKey, Ordering::Relaxed);
+    }
+
+    fn refuse_if_stale(&self) -> Result<()> {
+        if !self.stale.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let message = format!(
+            "somebody put an older keystore back in {}; nothing is changed any more: put the newest one back and open the \
+             cluster again",
+            self.directory.display()
+        );
+        Err(Error::new(ErrorKind::KeystoreStale, message))
+    }
+
+    fn restless(&self) -> Error {
+        let message =
+            format!("other processes keep replacing the cluster key of {}; try again", self.directory.display());
+        Error::new(ErrorKind::InUse, message)
+    }
+
+    /// Unwraps the cluster key that another process put in the place of ours.
+    fn refresh_root(&self) -> Result<()> {
+        let old = self.root()?;
+        let record = self.keystore().cluster_record().clone();
+        let new = Arc::new(unwrap_root(&self.wrappers(), &self.options, self.id, &record)?);
+        // Not if the cluster was disabled meanwhile.
+        self.root.compare_and_swap(&Some(old), Some(new));
+        Ok(())
+    }
+
+    /// Writes the keystore anew under another hierarchy, cluster record, or both, and uses `root` from then on.
+    pub(crate) fn note_root(&self, root: RootKeys) {
+        let current = self.root.load_full();
+        if current.is_some() {
+            self.root.compare_and_swap(&current, Some(Arc::new(root)));
+        }
+    }
+}
+
+impl History for ClusterInner {
+    fn now(&self) -> Seen {
+        *self.position.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn has(&self, seen: &Seen) -> Result<bool> {
+        let knows = |keystore: &Keystore| keystore.has(seen.sequence, &seen.tag);
+        // Another process may have made that change after we last looked.
+        let has = knows(&self.keystore()) || self.look(|keystore, _| Ok(knows(keystore)))?;
+        if !has {
+            self.stale.store(true, Ordering::Relaxed);
+        }
+        Ok(has)
+    }
+}
+
+fn position_of(keystore: &Keystore) -> Seen {
+    let (sequence, tag) = keystore.position();
+    Seen { sequence, tag }
+}
+
+pub(super) fn request(
+    options: &ClusterOptions,
+    cluster: ClusterId,
+    database: Option<DatabaseId>,
+    generation: Generation,
+    purpose: Purpose,
+) -> WrapRequest {
+    WrapRequest { cluster, database, generation, purpose, timeout: options.kms_timeout }
+}
+
+/// Unwraps the cluster's own keys. `record` need not be authenticated: what comes out must make this cluster's id.
+pub(super) fn unwrap_root(
+    wrappers: &Wrappers,
+    options: &ClusterOptions,
+    cluster: ClusterId,
+    record: &Record,
+) -> Result<RootKeys> {
+    let request = request(options, cluster, None, record.generation, Purpose::Cluster);
+    wrappers.unwrap_with(&record.wrappings, &request, |payload| RootKeys::accept(payload, record, cluster))
+}
+
+/// Unwraps the cluster's own keys as one of the copies of an unverified keystore has them, the newer first; with the record
+/// that they came out of.
+///
+/// # Errors
+/// What the key services answered about the newer; about the older only if the newer cannot be this cluster's.
+pub(super) fn unwrap_any_root(
+    wrappers: &Wrappers,
+    options: &ClusterOptions,
+    headers: &[Header],
+) -> Result<(RootKeys, Record)> {
+    let mut refused = None;
+    for Header { cluster, record, .. } in headers {
+        match unwrap_root(wrappers, options, *cluster, record) {
+            Ok(root) => return Ok((root, record.clone())),
+            Err(error) if is_about_the_record(&error) => refused = refused.or(Some(error)),
+            Err(error) => return Err(refused.unwrap_or(error)),
+        }
+    }
+    Err(refused.unwrap_or_else(|| Error::damaged("the keystore has no header")))
+}
+
+/// Whether another copy's record could be unwrapped where this one's could not. Never after a verdict on the master key.
+fn is_about_the_record(error: &Error) -> bool {
+    use ErrorKind::*;
+    matches!(error.kind(), BadCiphertext | Misconfigured | Authentication | WrongIdentity | Damaged | Unclassified)
+}
+
+/// Reads both copies, while nobody changes them.
+pub(super) fn read_keystore(store: &Arc<FileStore>, locks: &LockFile) -> Result<UnverifiedKeystore> {
+    let _look = locks.look(PATIENCE)?;
+    UnverifiedKeystore::read(Arc::clone(store) as _)
+}
+
+impl ClusterInner {
+    /// What the master keys wrap.
+    pub(crate) fn hierarchy(&self) -> Hierarchy {
+        if self.clustered.load(Ordering::Relaxed) { Hierarchy::ClusterKey } else { Hierarchy::Direct }
+    }
+}

@@ -1,0 +1,231 @@
+//! What two copies promise: what one has lost, the other repairs.
+
+use super::*;
+use crate::format::group::HEAD_LEN;
+
+/// Numbers that are the same in every run.
+struct Seeded(u64);
+
+impl Seeded {
+    fn below(&mut self, bound: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 % bound as u64) as usize
+    }
+}
+
+/// These copies verify as `file` to its end, and are made whole again.
+fn expect_repaired(file: &File, copies: Copies, what: &str) -> [CopyState; 2] {
+    let store = Watched::with(copies);
+    let mut keystore = open_store(store.clone()).unwrap_or_else(|error| panic!("{what}: {error}"));
+    assert_eq!(file.position(keystore.catalogue()), Some(file.groups()), "{what}");
+    let states = keystore.copies().clone();
+    keystore.settle(&MAC).unwrap();
+    assert!(keystore.is_settled());
+    assert_eq!(read(&*store), both(&file.bytes), "{what}");
+    states
+}
+
+fn swapped<T>([a, b]: [T; 2]) -> [T; 2] {
+    [b, a]
+}
+
+#[test]
+fn damage_at_any_byte_of_one_copy_is_repaired_from_the_other_and_kept_aside() {
+    let file = File::new(every_kind());
+    let mut tried = 0;
+    for at in 0..file.bytes.len() {
+        for change in [1, 0xff] {
+            let damaged = file.flipped(at, change);
+            for which in [0, 1] {
+                let mut copies = both(&file.bytes);
+                copies[which] = Some(damaged.clone());
+                let store = Watched::with(copies);
+                let mut keystore = open_store(store.clone()).unwrap_or_else(|error| panic!("byte {at}: {error}"));
+                assert_eq!(file.position(keystore.catalogue()), Some(file.groups()), "byte {at}");
+                assert!(
+                    matches!(keystore.copies()[which], CopyState::Damaged(_)),
+                    "byte {at}: {:?}",
+                    keystore.copies()
+                );
+                assert_eq!(keystore.copies()[1 - which], CopyState::Intact);
+                assert!(!keystore.is_settled());
+                keystore.settle(&MAC).unwrap();
+                assert_eq!(read(&*store), both(&file.bytes), "byte {at}");
+                assert_eq!(*store.kept.lock().unwrap(), std::slice::from_ref(&damaged));
+                tried += 1;
+            }
+        }
+    }
+    println!("damage to one copy: tried={tried} repaired={tried}");
+}
+
+#[test]
+fn a_copy_that_is_cut_anywhere_missing_or_rubbish_is_repaired_from_the_other() {
+    let file = File::new(history());
+    for len in 0..file.bytes.len() {
+        let cut = [Some(file.bytes[..len].to_vec()), Some(file.bytes.clone())];
+        let [state, other] = expect_repaired(&file, cut.clone(), "cut");
+        assert_eq!(other, CopyState::Intact);
+        assert_ne!(state, CopyState::Intact, "length {len}");
+        expect_repaired(&file, swapped(cut), "cut");
+    }
+    for rubbish in [Some(vec![0; 4096]), Some(vec![0xaa; 100]), Some(vec![b'P'; 70_000]), None] {
+        let copies = [rubbish, Some(file.bytes.clone())];
+        expect_repaired(&file, copies.clone(), "rubbish");
+        expect_repaired(&file, swapped(copies), "rubbish");
+    }
+    let missing = open([None, Some(file.bytes.clone())]).unwrap();
+    assert_eq!(*missing.copies(), [CopyState::Missing, CopyState::Intact]);
+}
+
+/// A byte of each copy is changed. What must come of it follows from where they lie.
+fn expect_of_two_flips(file: &File, at: [usize; 2]) {
+    let copies = at.map(|at| Some(file.flipped(at, 0x10)));
+    let part = at.map(|at| file.part_of(at));
+    if part[0] != part[1] {
+        expect_repaired(file, copies, &format!("bytes {at:?}"));
+        return;
+    }
+    let opened = open(copies);
+    if part[0] == file.groups() {
+        // Nothing tells it from the torn tail of an append.
+        let keystore = opened.unwrap_or_else(|error| panic!("bytes {at:?}: {error}"));
+        assert_eq!(file.position(keystore.catalogue()), Some(file.groups() - 1), "bytes {at:?}");
+        return;
+    }
+    let error = error_of(opened);
+    let named = match part[0] {
+        0 => "byte".to_owned(),
+        part => format!("byte {}:", file.ends[part - 1]),
+    };
+    assert!(error.to_string().contains(&named), "bytes {at:?}: {error}");
+    assert!(matches!(error.kind(), ErrorKind::Damaged | ErrorKind::Authentication | ErrorKind::Unsupported));
+}
+
+#[test]
+fn damage_in_different_places_of_both_copies_is_repaired_and_in_the_same_place_it_is_named() {
+    let file = File::new(history());
+    let mut seeded = Seeded(0x9e37_79b9_7f4a_7c15);
+    for at in 0..file.bytes.len() {
+        expect_of_two_flips(&file, [at, at]);
+        expect_of_two_flips(&file, [at, seeded.below(file.bytes.len())]);
+        expect_of_two_flips(&file, [seeded.below(file.bytes.len()), at]);
+    }
+}
+
+#[test]
+fn a_damaged_header_of_one_copy_and_a_damaged_group_of_the_other_are_both_repaired() {
+    let file = File::new(history());
+    for header_at in [0, 7, 9, 12, 20, 35, 44, 60, file.ends[0] - 1] {
+        for group in 0..file.groups() {
+            let copies = [file.flipped(header_at, 0x40), file.flipped(file.ends[group] + HEAD_LEN, 1)].map(Some);
+            expect_repaired(&file, copies.clone(), &format!("header byte {header_at}, group {group}"));
+            expect_repaired(&file, swapped(copies), &format!("header byte {header_at}, group {group}"));
+        }
+    }
+}
+
+#[test]
+fn a_cut_copy_and_a_damaged_one_lose_only_what_both_have_lost() {
+    let file = File::new(history());
+    for index in 0..file.groups() {
+        for damaged in 0..file.groups() {
+            let cut = file.bytes[..file.ends[index]].to_vec();
+            let copies = [Some(cut), Some(file.flipped(file.ends[damaged] + 5, 1))];
+            match open(copies) {
+                Ok(keystore) if damaged < index => {
+                    assert_eq!(file.position(keystore.catalogue()), Some(file.groups()));
+                }
+                Ok(keystore) => {
+                    assert_eq!(damaged, file.groups() - 1, "cut after {index}, group {damaged} damaged");
+                    assert_eq!(file.position(keystore.catalogue()), Some(file.groups() - 1));
+                }
+                Err(error) => {
+                    assert!(damaged >= index && damaged < file.groups() - 1, "{index} {damaged}: {error}");
+                    assert!(error.to_string().contains(&format!("byte {}:", file.ends[damaged])), "{error}");
+                }
+            }
+        }
+    }
+}
+
+/// A state before and after a rewrite that takes a database away.
+struct Rewritten {
+    old: Vec<u8>,
+    new: Vec<u8>,
+    before: Catalogue,
+    after: Catalogue,
+}
+
+fn rewritten() -> Rewritten {
+    let store = Arc::new(MemoryStore::default());
+    let mut keystore = create(store.clone(), Vec::new()).unwrap();
+    for operations in [history(), vec![new_database(2)]].concat() {
+        keystore.append(&MAC, operations, Durability::Both).unwrap();
+    }
+    let (old, before) = (read(&*store)[0].clone().unwrap(), copy(keystore.catalogue()));
+    keystore.rewrite(&MAC, vec![Operation::Drop { database: id(2) }], None).unwrap();
+    Rewritten { old, new: read(&*store)[0].clone().unwrap(), before, after: copy(keystore.catalogue()) }
+}
+
+#[test]
+fn an_interrupted_rewrite_leaves_the_new_state_in_either_copy_and_is_finished() {
+    let Rewritten { old, new, after, .. } = rewritten();
+    for copies in [[Some(new.clone()), Some(old.clone())], [Some(old), Some(new.clone())]] {
+        let store = Watched::with(copies);
+        let mut keystore = open_store(store.clone()).unwrap();
+        assert!(*keystore.catalogue() == after);
+        assert!(keystore.copies().contains(&CopyState::Older) && keystore.copies().contains(&CopyState::Intact));
+        keystore.append(&MAC, new_database(3), Durability::Both).unwrap();
+        let [first, second] = read(&*store);
+        assert_eq!(first, second);
+        assert!(first.unwrap().starts_with(&new));
+        assert!(store.kept.lock().unwrap().is_empty(), "the old state was kept, with the key that was to go");
+    }
+}
+
+#[test]
+fn damage_to_either_side_of_an_interrupted_rewrite_leaves_the_other_side() {
+    let Rewritten { old, new, before, after } = rewritten();
+    let flip = |bytes: &[u8], at: usize| {
+        let mut bytes = bytes.to_vec();
+        bytes[at] ^= 0x20;
+        bytes
+    };
+    let expect = |damaged: Vec<u8>, whole: &[u8], catalogue: &Catalogue, what: &str| {
+        let copies = [Some(damaged), Some(whole.to_vec())];
+        for copies in [copies.clone(), swapped(copies)] {
+            let store = Watched::with(copies);
+            let mut keystore = open_store(store.clone()).unwrap_or_else(|error| panic!("{what}: {error}"));
+            assert!(keystore.catalogue() == catalogue, "{what}");
+            keystore.settle(&MAC).unwrap();
+            assert_eq!(read(&*store), both(whole), "{what}");
+        }
+    };
+    for at in 0..new.len() {
+        expect(flip(&new, at), &old, &before, &format!("new, byte {at}"));
+        expect(new[..at].to_vec(), &old, &before, &format!("new, cut at {at}"));
+    }
+    for at in 0..old.len() {
+        expect(flip(&old, at), &new, &after, &format!("old, byte {at}"));
+        expect(old[..at].to_vec(), &new, &after, &format!("old, cut at {at}"));
+    }
+}
+
+#[test]
+fn a_damaged_rewrite_that_was_built_on_does_not_bring_the_old_state_back() {
+    let Rewritten { old, new, .. } = rewritten();
+    let store = Arc::new(MemoryStore::with(both(&new)));
+    open_store(store.clone()).unwrap().append(&MAC, new_database(3), Durability::Both).unwrap();
+    let mut built_on = read(&*store)[0].clone().unwrap();
+    built_on[600] ^= 1;
+    let error = error_of(open([Some(built_on), Some(old.clone())]));
+    assert_eq!(error.kind(), ErrorKind::Damaged, "{error}");
+    // Nor does an old state that is not the last before the rewrite.
+    let mut damaged = new;
+    damaged[600] ^= 1;
+    let older = old[..old.len() - 512].to_vec();
+    assert_eq!(error_of(open([Some(damaged), Some(older)])).kind(), ErrorKind::Damaged);
+}
