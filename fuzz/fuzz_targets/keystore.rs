@@ -1,6 +1,6 @@
-//! A keystore and the wrapped keys in it, of any bytes: a structure that reads is written back as it was; a changed keystore
-//! is refused, or is a beginning of its own history; a changed wrapped key is refused. What somebody with the MAC key wrote
-//! is refused or makes sense.
+//! A keystore and the wrapped keys in it, of any bytes: a structure that reads is written back as it was; a keystore, of which
+//! one copy or both are changed, is refused, or is a beginning of its own history and takes another change; a changed wrapped
+//! key is refused. What somebody with the MAC key wrote is refused or makes sense.
 
 #![no_main]
 
@@ -27,12 +27,15 @@ fuzz_target!(|input: &[u8]| {
     match kind % 6 {
         0 => what_reads_is_written_back(rest),
         1 => KEYSTORE.with(|known| a_changed_keystore_is_refused_or_a_beginning(known, rest)),
-        2 => KEYSTORE.with(|known| what_the_key_holder_wrote_makes_sense(known, &known.followed_by(rest).unwrap())),
+        2 => KEYSTORE.with(|known| {
+            let file = known.followed_by(rest).unwrap();
+            what_the_key_holder_wrote_makes_sense(known, &file, None);
+            what_the_key_holder_wrote_makes_sense(known, known.bytes(), Some(&file));
+        }),
         3 => KEYSTORE.with(|known| {
-            let mut file = known.bytes().to_vec();
-            change(&mut file, rest);
-            authenticate(&mut file).unwrap();
-            what_the_key_holder_wrote_makes_sense(known, &file);
+            let Some((mut first, mut second)) = changed_copies(known, rest) else { return };
+            [Some(&mut first), second.as_mut()].into_iter().flatten().for_each(|file| authenticate(file).unwrap());
+            what_the_key_holder_wrote_makes_sense(known, &first, second.as_deref());
         }),
         4 => KEYS.with(|known| only_the_right_payload_is_accepted(known, rest)),
         _ => KEYS.with(|known| a_changed_blob_does_not_unwrap(known, rest)),
@@ -47,33 +50,60 @@ fn what_reads_is_written_back(bytes: &[u8]) {
     }
 }
 
-fn a_changed_keystore_is_refused_or_a_beginning(known: &KnownKeystore, changes: &[u8]) {
-    let mut file = known.bytes().to_vec();
-    change(&mut file, changes);
+/// Both copies of a keystore, changed as `input` says: the first byte says which, and the second how much of the changes is
+/// the first copy's where each has its own. The other copy is as it was, or missing.
+fn changed_copies(known: &KnownKeystore, input: &[u8]) -> Option<(Vec<u8>, Option<Vec<u8>>)> {
+    let (&[which, share], changes) = input.split_first_chunk()?;
+    let whole = || known.bytes().to_vec();
+    let changed = |changes: &[u8]| {
+        let mut file = whole();
+        change(&mut file, changes);
+        file
+    };
+    let (for_first, for_second) = changes.split_at((4 * usize::from(share)).min(changes.len()));
+    Some(match which % 5 {
+        0 => (changed(changes), Some(whole())),
+        1 => (whole(), Some(changed(changes))),
+        2 => (changed(changes), Some(changed(changes))),
+        3 => (changed(for_first), Some(changed(for_second))),
+        _ => (changed(changes), None),
+    })
+}
+
+fn a_changed_keystore_is_refused_or_a_beginning(known: &KnownKeystore, input: &[u8]) {
+    let Some((mut first, mut second)) = changed_copies(known, input) else { return };
     if *BROKEN {
-        authenticate(&mut file).unwrap();
+        [Some(&mut first), second.as_mut()].into_iter().flatten().for_each(|file| authenticate(file).unwrap());
     }
-    match known.open(&file) {
+    let files: Vec<_> = [Some(&first), second.as_ref()].into_iter().flatten().collect();
+    match known.open(&first, second.as_deref()) {
         Ok(opened) => {
             let groups = opened.groups().expect("a changed keystore says what was never written");
-            let whole = known.ends()[groups];
-            assert!(file[..whole] == known.bytes()[..whole], "{groups} groups came from other bytes");
-            assert!(opened.append().unwrap(), "an append after {groups} groups was not read back");
+            let ends = known.ends();
+            let parts = std::iter::once(0..ends[0]).chain(ends.windows(2).map(|ends| ends[0]..ends[1]));
+            for part in parts.take(groups + 1) {
+                let authentic = |file: &&Vec<u8>| file.get(part.clone()) == Some(&known.bytes()[part.clone()]);
+                assert!(files.iter().any(authentic), "bytes {part:?} came from nowhere");
+            }
+            assert!(opened.change().unwrap(), "a change after {groups} groups was not read back");
         }
         Err(error) => {
-            let cut = known.bytes().starts_with(&file) && file.len() >= known.ends()[0];
-            assert!(!cut, "the history, cut short as by a crash, is refused: {error}");
+            let cut = |file: &Vec<u8>| known.bytes().starts_with(file) && file.len() >= known.ends()[0];
+            assert!(!files.iter().all(|file| cut(file)), "the history, cut short as by a crash, is refused: {error}");
+            let whole = |file: &&Vec<u8>| *file == known.bytes();
+            let newer = error.kind() == ErrorKind::Unsupported;
+            assert!(newer || !files.iter().any(whole), "one copy is whole, and yet it is refused: {error}");
             assert!(is_verdict(error.kind()), "{error:?}");
         }
     }
 }
 
-fn what_the_key_holder_wrote_makes_sense(known: &KnownKeystore, file: &[u8]) {
-    match known.open(file) {
+fn what_the_key_holder_wrote_makes_sense(known: &KnownKeystore, first: &[u8], second: Option<&[u8]>) {
+    match known.open(first, second) {
         Ok(opened) => {
             assert!(opened.is_consistent(), "its operations contradict each other");
-            match opened.append() {
-                Ok(read_back) => assert!(read_back, "an append was not read back"),
+            match opened.change() {
+                Ok(read_back) => assert!(read_back, "a change was not read back"),
                 // After the last sequence number there is no other.
                 Err(error) => assert_eq!(error.kind(), ErrorKind::Invalid, "{error}"),
             }

@@ -381,7 +381,7 @@ impl How {
                     true => PageJob::in_place(context, &mut buffer),
                     false => PageJob::between(context, image, &mut buffer),
                 }];
-                cipher.open_batch(self.pool(), &mut job);
+                let _ = cipher.open_batch(self.pool(), &mut job);
                 job[0].result()
             }
         };

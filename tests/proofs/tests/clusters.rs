@@ -106,9 +106,23 @@ fn a_keystore_that_was_put_in_anothers_place_is_refused() {
     let (place, other, key) = (Place::new("victim"), Place::new("attacker"), ScriptedWrapper::new("k"));
     let id = place.create(&key).id();
     drop(other.create(&key));
-    fs::copy(other.cluster().join("keystore"), place.cluster().join("keystore")).unwrap();
-    let outcome = Cluster::open(&place.cluster(), quick().expected_id(id), Wrappers::one(key));
-    assert_eq!(kind(outcome), ErrorKind::WrongIdentity);
+    let open = || Cluster::open(&place.cluster(), quick().expected_id(id), Wrappers::one(key.clone()));
+    for (own, foreign) in place.copies().into_iter().zip(other.copies()) {
+        let kept = fs::read(&own).unwrap();
+        fs::copy(&foreign, &own).unwrap();
+        let cluster = open().unwrap();
+        assert_eq!(
+            (cluster.id(), cluster.keystore_findings().len()),
+            (id, 1),
+            "one copy was enough, and nothing is said"
+        );
+        drop(cluster);
+        fs::write(&own, kept).unwrap();
+    }
+    for (own, foreign) in place.copies().into_iter().zip(other.copies()) {
+        fs::copy(foreign, own).unwrap();
+    }
+    assert_eq!(kind(open()), ErrorKind::WrongIdentity);
 }
 
 #[test]
@@ -245,23 +259,29 @@ fn a_service_that_returns_another_key_is_found_out() {
 }
 
 #[test]
-fn one_cluster_is_held_by_one_handle_at_a_time() {
-    let (place, key) = (Place::new("lock"), ScriptedWrapper::new("k"));
-    let cluster = place.create(&key);
-    assert_eq!(kind(place.open(&key)), ErrorKind::InUse);
-    let database = cluster.create_database("d").unwrap();
-    drop(cluster);
-    assert_eq!(kind(place.open(&key)), ErrorKind::InUse, "a database handle keeps the cluster open");
-    let cipher = database.cipher().unwrap();
-    drop(database);
-    assert_eq!(kind(place.open(&key)), ErrorKind::InUse, "a cipher keeps the cluster open");
-    drop(cipher);
-    let cluster = place.open(&key).unwrap();
-    let file = cluster.database("d").unwrap().create_page_file("f", PageFileOptions::new()).unwrap();
-    drop(cluster);
-    assert_eq!(kind(place.open(&key)), ErrorKind::InUse, "a page file keeps the cluster open");
+fn a_cluster_is_open_in_several_handles_at_once_and_a_page_file_in_one() {
+    let (place, key) = (Place::new("several"), ScriptedWrapper::new("k"));
+    let first = place.create(&key);
+    let second = place.open(&key).unwrap();
+    let (database, other) = (first.create_database("d").unwrap(), second.database("d").unwrap());
+    second.create_database("e").unwrap();
+    assert_eq!(first.databases().unwrap(), ["d", "e"], "a handle does not see what another one made");
+    assert_eq!(kind(first.create_database("e")), ErrorKind::AlreadyExists);
+    let mut page = vec![7; 4096];
+    database.cipher().unwrap().seal_in_place(&CONTEXT, &mut page).unwrap();
+    other.cipher().unwrap().open_in_place(&CONTEXT, &mut page).unwrap();
+    let file = database.create_page_file("f", PageFileOptions::new()).unwrap();
+    assert_eq!(kind(other.create_page_file("f", PageFileOptions::new())), ErrorKind::AlreadyExists);
+    assert_eq!(kind(other.page_file("f")), ErrorKind::InUse, "two write one file");
+    assert_eq!(kind(other.remove_page_file("f")), ErrorKind::InUse, "a file that is open was removed");
+    let again = database.page_file("f").unwrap();
     drop(file);
-    place.open(&key).unwrap();
+    assert_eq!(kind(other.page_file("f")), ErrorKind::InUse, "a second handle does not keep the file");
+    drop(again);
+    let file = other.page_file("f").unwrap();
+    assert_eq!(kind(database.page_file("f")), ErrorKind::InUse);
+    drop((first, second, other, file));
+    database.page_file("f").expect("a database handle keeps the cluster open");
 }
 
 #[test]
@@ -290,44 +310,121 @@ fn a_key_is_not_made_while_one_of_its_master_keys_is_revoked() {
     assert_eq!(cluster.databases().unwrap(), ["d"]);
 }
 
-#[test]
-fn what_a_torn_keystore_loses_is_kept_beside_it_and_said() {
-    let (place, key) = (Place::new("torn"), ScriptedWrapper::new("k"));
-    let cluster = place.create(&key);
-    assert!(!cluster.found_torn_tail());
+/// A cluster with databases "one" and "two", closed.
+fn with_two_databases(name: &str, key: &ScriptedWrapper) -> Place {
+    let place = Place::new(name);
+    let cluster = place.create(key);
+    assert_eq!(cluster.keystore_findings(), [""; 0]);
     cluster.create_database("one").unwrap();
     cluster.create_database("two").unwrap();
-    drop(cluster);
-    let path = place.cluster().join("keystore");
-    let mut bytes = fs::read(&path).unwrap();
+    place
+}
+
+impl Place {
+    fn copies(&self) -> [PathBuf; 2] {
+        ["keystore", "keystore.copy"].map(|name| self.cluster().join(name))
+    }
+
+    /// What was kept of damaged copies.
+    fn kept(&self) -> Vec<Vec<u8>> {
+        let paths = fs::read_dir(self.cluster()).unwrap().map(|entry| entry.unwrap().path());
+        paths
+            .filter(|path| path.to_str().unwrap().contains("keystore.damaged-"))
+            .map(|path| fs::read(path).unwrap())
+            .collect()
+    }
+}
+
+/// Flips a bit in the last change.
+fn damage(path: &Path) -> Vec<u8> {
+    let mut bytes = fs::read(path).unwrap();
     let at = bytes.len() - 700;
     bytes[at] ^= 1;
-    fs::write(&path, &bytes).unwrap();
+    fs::write(path, &bytes).unwrap();
+    bytes
+}
+
+#[test]
+fn a_damaged_copy_of_the_keystore_loses_nothing_is_said_and_is_kept_beside_it() {
+    let key = ScriptedWrapper::new("k");
+    for which in 0..2 {
+        let place = with_two_databases("damaged", &key);
+        let good = fs::read(&place.copies()[0]).unwrap();
+        let mut kept = Vec::new();
+        // The same damage a second time does not replace what was kept the first time.
+        for round in 0..2 {
+            kept.push(damage(&place.copies()[which]));
+            let cluster = place.open(&key).unwrap();
+            let findings = cluster.keystore_findings();
+            let named = format!("{} is damaged", place.copies()[which].display());
+            assert!(findings.len() == 1 && findings[0].starts_with(&named), "{findings:?}");
+            assert_eq!(cluster.databases().unwrap().len(), 2 + round, "a copy that is whole was not enough");
+            drop(cluster);
+            let cluster = place.open(&key).unwrap();
+            assert_eq!(cluster.keystore_findings(), [""; 0], "the copy was not made anew");
+            let both = place.copies().map(|path| fs::read(path).unwrap());
+            assert_eq!(both[0], both[1]);
+            assert!(round > 0 || both[0] == good);
+            let mut found = place.kept();
+            found.sort();
+            let mut expected = kept.clone();
+            expected.sort();
+            assert!(found == expected, "copy {which}, round {round}: not all damaged bytes were kept");
+            cluster.create_database(&format!("more {round}")).unwrap();
+        }
+    }
+}
+
+/// Leaves a copy of the keystore as a crash does.
+type Tear = fn(&Path);
+
+#[test]
+fn a_torn_or_missing_copy_of_the_keystore_is_made_anew_and_nothing_is_kept_of_it() {
+    let key = ScriptedWrapper::new("k");
+    let tears: [(&str, Tear); 4] = [
+        ("lacks the last changes", |path| {
+            let bytes = fs::read(path).unwrap();
+            fs::write(path, &bytes[..bytes.len() - 1024]).unwrap();
+        }),
+        ("ends in bytes that do not verify", |path| {
+            let bytes = fs::read(path).unwrap();
+            fs::write(path, &bytes[..bytes.len() - 700]).unwrap();
+        }),
+        ("ends in bytes that do not verify", |path| {
+            let bytes = fs::read(path).unwrap();
+            fs::write(path, [bytes, vec![7; 900]].concat()).unwrap();
+        }),
+        ("is missing", |path| fs::remove_file(path).unwrap()),
+    ];
+    for (finding, tear) in tears {
+        for which in 0..2 {
+            let place = with_two_databases("torn", &key);
+            let good = fs::read(&place.copies()[0]).unwrap();
+            tear(&place.copies()[which]);
+            let cluster = place.open(&key).unwrap();
+            let findings = cluster.keystore_findings();
+            assert!(findings.len() == 1 && findings[0].contains(finding), "{finding}, copy {which}: {findings:?}");
+            assert_eq!(cluster.databases().unwrap(), ["one", "two"]);
+            assert_eq!(place.kept(), [[0; 0]; 0], "{finding}, copy {which}");
+            assert!(place.copies().iter().all(|path| fs::read(path).unwrap() == good), "it was not made anew");
+        }
+    }
+}
+
+#[test]
+fn a_change_that_is_damaged_in_both_copies_is_lost_said_and_kept_beside_them() {
+    let key = ScriptedWrapper::new("k");
+    let place = with_two_databases("both", &key);
+    let damaged = place.copies().map(|path| damage(&path));
     let cluster = place.open(&key).unwrap();
-    assert!(cluster.found_torn_tail());
+    assert_eq!(cluster.keystore_findings().len(), 2);
     assert_eq!(cluster.databases().unwrap(), ["one"]);
     cluster.create_database("three").unwrap();
+    assert!(damaged.iter().all(|bytes| place.kept().contains(bytes)), "an acknowledged key is gone without a trace");
     drop(cluster);
-    let kept = fs::read_dir(place.cluster()).unwrap().find_map(|entry| {
-        let path = entry.unwrap().path();
-        path.to_str().unwrap().contains("keystore.torn-").then(|| fs::read(path).unwrap())
-    });
-    let kept = kept.expect("the damaged bytes are gone");
-    assert!(bytes.ends_with(&kept) && kept.len() >= 700);
     let cluster = place.open(&key).unwrap();
-    assert!(!cluster.found_torn_tail());
     assert_eq!(cluster.databases().unwrap(), ["one", "three"]);
-    drop(cluster);
-    // The same damage again does not replace what was kept the first time.
-    let mut bytes = fs::read(&path).unwrap();
-    let at = bytes.len() - 700;
-    bytes[at] ^= 1;
-    fs::write(&path, &bytes).unwrap();
-    place.open(&key).unwrap().create_database("four").unwrap();
-    let all = fs::read_dir(place.cluster()).unwrap().map(|entry| entry.unwrap().path());
-    let all: Vec<_> = all.filter(|path| path.to_str().unwrap().contains("keystore.torn-")).collect();
-    assert_eq!(all.len(), 2);
-    assert!(all.iter().any(|path| fs::read(path).unwrap() == kept), "the first was replaced");
+    assert_eq!(cluster.keystore_findings(), [""; 0]);
 }
 
 #[test]
@@ -460,18 +557,19 @@ fn an_older_keystore_beside_newer_files_is_refused() {
     let cluster = place.create(&key);
     let database = cluster.create_database("d").unwrap();
     let file = database.create_page_file("f", PageFileOptions::new()).unwrap();
-    let older = fs::read(place.cluster().join("keystore")).unwrap();
+    let older = fs::read(&place.copies()[0]).unwrap();
     cluster.create_database("e").unwrap();
     let mut appender = file.append().unwrap();
     appender.write(&pageseal::Inline, &vec![1; file.payload_len()]).unwrap();
     appender.finish().unwrap();
     drop((file, database, cluster));
-    let newest = fs::read(place.cluster().join("keystore")).unwrap();
-    fs::write(place.cluster().join("keystore"), older).unwrap();
+    let newest = fs::read(&place.copies()[0]).unwrap();
+    let put = |bytes: &[u8]| place.copies().iter().for_each(|path| fs::write(path, bytes).unwrap());
+    put(&older);
     let cluster = place.open(&key).unwrap();
     assert_eq!(kind(cluster.database("d").unwrap().page_file("f")), ErrorKind::KeystoreStale);
     drop(cluster);
-    fs::write(place.cluster().join("keystore"), newest).unwrap();
+    put(&newest);
     place.open(&key).unwrap().database("d").unwrap().page_file("f").unwrap();
 }
 

@@ -178,7 +178,7 @@ fn anew_in_the_child(
     assert_eq!(Method::Into.open(&own, &at(0), &page).0, Ok(()));
 }
 
-/// Closed in the parent and the child, so that one of them can open the cluster again.
+/// What the parent has open, and the child inherits.
 struct Handles {
     cluster: Cluster,
     database: Database,
@@ -187,7 +187,7 @@ struct Handles {
 }
 
 #[test]
-fn a_child_opens_the_cluster_anew_once_its_parent_has_closed_it() {
+fn a_child_opens_the_cluster_anew_beside_its_parent_and_a_page_file_once_the_parent_closed_it() {
     let _alone = alone();
     let dir = TempDir::new();
     let (directory, key_file) = (dir.join("cluster"), dir.join("master.key"));
@@ -203,11 +203,12 @@ fn a_child_opens_the_cluster_anew_once_its_parent_has_closed_it() {
     let sealed = Method::Into.seal(&cipher, &at(0), &[1; 64]).unwrap();
     let handles = Handles { cluster, database, cipher, file };
     let (mut closed, mut close) = std::io::pipe().unwrap();
+    let (mut tell, mut told) = std::io::pipe().unwrap();
     // SAFETY: as in `in_a_child`.
     let child = unsafe { libc::fork() };
     if child == 0 {
         exit_after(|| {
-            drop(close);
+            drop((close, tell));
             check_forked(&handles.cipher, &sealed, &[]);
             let forked = |error: pageseal::Error| assert_eq!(error.kind(), ErrorKind::Forked, "{error}");
             forked(handles.cluster.create_database("more").unwrap_err());
@@ -224,10 +225,7 @@ fn a_child_opens_the_cluster_anew_once_its_parent_has_closed_it() {
                 let master = Wrappers::one(LocalKeyFile::new(&key_file));
                 Cluster::open(&directory, ClusterOptions::new(), master)
             };
-            assert_eq!(open().unwrap_err().kind(), ErrorKind::InUse, "the parent still has it");
-            drop(handles);
-            // Until the parent has closed it too, which closes the pipe.
-            assert_eq!(closed.read(&mut [0]).unwrap(), 0);
+            // Without the inherited handles going first.
             let cluster = open().unwrap();
             let database = cluster.database("orders").unwrap();
             let own = database.cipher().unwrap();
@@ -236,11 +234,24 @@ fn a_child_opens_the_cluster_anew_once_its_parent_has_closed_it() {
                 salt_and_nonce(&Method::Into.seal(&own, &at(0), &[1; 64]).unwrap()).0,
                 salt_and_nonce(&sealed).0
             );
+            cluster.create_database("more").unwrap();
+            assert_eq!(database.page_file("table").unwrap_err().kind(), ErrorKind::InUse, "the parent still has it");
+            drop(handles);
+            assert_eq!(
+                database.page_file("table").unwrap_err().kind(),
+                ErrorKind::InUse,
+                "the child freed its parent's"
+            );
+            told.write_all(&[1]).unwrap();
+            // Until the parent has closed it too, which closes the pipe.
+            assert_eq!(closed.read(&mut [0]).unwrap(), 0);
             let outcome = database.page_file("table").unwrap().read(0, &mut read).unwrap();
             assert_eq!((outcome, &read), (pageseal::Read::Page, &payload));
-            cluster.create_database("more").unwrap();
         })
     }
+    drop(told);
+    assert_eq!(tell.read(&mut [0]).unwrap(), 1, "the child failed");
+    assert_eq!(handles.cluster.databases().unwrap(), ["more", "orders"], "the parent sees what its child made");
     let page = Method::Into.seal(&handles.cipher, &at(1), &[2; 64]).unwrap();
     assert_eq!(Method::Into.open(&handles.cipher, &at(1), &page).0, Ok(()), "the parent goes on");
     drop(handles);

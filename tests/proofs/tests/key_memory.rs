@@ -293,6 +293,16 @@ fn no_key_bytes_are_left_anywhere() {
         hunt.core("forked child", child, &secrets);
         hunt.end_forked_child();
         hunt.victim.go_on();
+        hunt.wait_for("disabled");
+        hunt.memory("disabled", process, &secrets, |_| true);
+        hunt.signal_every_thread();
+        hunt.memory("disabled, after a signal to each idle thread", process, &secrets, |_| true);
+        hunt.core("disabled", process, &secrets);
+        hunt.victim.go_on();
+        hunt.wait_for("brought back");
+        let secrets = hunt.secrets();
+        hunt.memory("brought back", process, &secrets, |hit| !hit.guarded);
+        hunt.victim.go_on();
         hunt.wait_for("dropped");
         hunt.memory("dropped", process, &secrets, |_| true);
         hunt.signal_every_thread();
@@ -490,10 +500,12 @@ fn secrets_of(told: &Told, kind: &str, folder: &Path) -> Secrets {
         secrets.add_parent("identity key", key, 0..=1);
         let public = [&cluster[..], &[0; 20]].concat();
         let (seal, rest) = public.split_at(16);
-        for label in [b"pgseal1.kmac", b"pgseal1.name"] {
-            let derived = derive(key, label, seal, rest.try_into().unwrap());
-            secrets.add_parent(std::str::from_utf8(label).unwrap(), &derived, 1..=1);
-        }
+        let derived = |label| derive(key, label, seal, rest.try_into().unwrap());
+        secrets.add_parent("look-up key", &derived(b"pgseal1.name"), 1..=1);
+        // Itself it is not kept, but what HMAC makes of it.
+        secrets.add_parent("MAC key", &derived(b"pgseal1.kmac"), 0..=0);
+        let patterns = secrets.patterns.add_mac_key("MAC key", &derived(b"pgseal1.kmac"));
+        secrets.raw.push(Raw { name: "the MAC key, set up".into(), patterns, copies: 1..=1 });
     }
     for key in &keys.masters {
         secrets.add_parent("master key", key, 0..=0);

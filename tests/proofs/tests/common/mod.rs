@@ -159,6 +159,11 @@ impl Dice {
         Self(seed)
     }
 
+    /// What it was made with, before anything was drawn.
+    pub fn seed(&self) -> u64 {
+        self.0
+    }
+
     pub fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut mixed = self.0;

@@ -60,6 +60,13 @@ impl Patterns {
         raw
     }
 
+    /// A key that is kept as HMAC's hash states only. Returns the patterns of those.
+    pub fn add_mac_key(&mut self, name: &str, key: &[u8; 32]) -> Vec<u32> {
+        self.add_hmac_key(name, key);
+        let mac = image(key, |key| hmac::Key::new(hmac::HMAC_SHA256, key));
+        self.add_words(name, &mac)
+    }
+
     /// A key of the suite's cipher, and what the implementation makes of it.
     pub fn add_cipher_key(&mut self, name: &str, key: &[u8; 32], suite: Suite, backend: AesBackend) -> Vec<u32> {
         let raw = self.add_bytes(name, key);
@@ -104,10 +111,8 @@ impl Patterns {
         }
     }
 
-    fn add_words(&mut self, name: &str, words: &[[u8; 8]]) {
-        for word in words {
-            self.add_word(name, word);
-        }
+    fn add_words(&mut self, name: &str, words: &[[u8; 8]]) -> Vec<u32> {
+        words.iter().filter_map(|word| self.add_word(name, word)).collect()
     }
 
     /// `None` for a word that could be anything. A word that is there already keeps its name.

@@ -46,7 +46,13 @@ fn life(subject: &Subject, channel: &mut Channel) {
     {
         let store = use_everything(subject, &pool, channel);
         fork_and_wait(channel);
-        drop(store);
+        let ciphers = store.ciphers();
+        store.cluster.disable().unwrap();
+        channel.checkpoint("disabled");
+        store.cluster.retry().unwrap();
+        ciphers.iter().for_each(|cipher| one_by_one(cipher, 10));
+        channel.checkpoint("brought back");
+        drop((ciphers, store));
     }
     channel.checkpoint("dropped");
     panic_while_sealing(subject, &pool);
