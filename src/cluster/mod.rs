@@ -155,7 +155,8 @@ impl Cluster {
         let inner = Arc::new(ClusterInner::new(directory, options, wrappers, locks, store, keystore, root)?);
         if !settled {
             // A damaged copy is made anew now, not with the next change, which may be far. If it cannot be written, the
-            // cluster can still be read, and says what it found.
+            // cluster still shows what is there, and says what it found; databases open as far as a power cut would leave their
+            // keys.
             let _ = inner.change(|_, _| Ok(()));
         }
         if watched {
