@@ -38,6 +38,7 @@ impl Cluster {
     /// together; [`ErrorKind::Closed`] while the cluster is disabled; what changing the keystore gives. Until the end, the old
     /// wrappings are there; if the last write failed, the old or the new ones are, and this process opens them.
     pub fn rewrap(&self, to: Wrappers, progress: &dyn Fn(Progress)) -> Result<()> {
+        check_providers(&to)?;
         self.0.rewrap(to, progress)
     }
 

@@ -16,8 +16,8 @@ use house::{
     House, Recorder, all_of, append, contains, generation_of, kind, opens, quick, read, seal, small_file, traces,
 };
 use pageseal::{
-    Cluster, ClusterOptions, Database, ErrorKind, Generation, Hierarchy, KmsClass, PageError, PageFileOptions,
-    Progress, Wrappers,
+    Cluster, ClusterOptions, Database, ErrorKind, Generation, Hierarchy, KeyPayload, KeyWrapper, KmsClass, KmsError,
+    MasterKeyId, PageError, PageFileOptions, Progress, WrapContext, WrappedKey, Wrappers,
 };
 use pageseal_proofs::score;
 
@@ -54,6 +54,35 @@ impl Filled {
         }
         Ok(())
     }
+}
+
+/// Calls itself as a cluster key's wrappings are called in the keystore.
+struct Impostor;
+
+impl KeyWrapper for Impostor {
+    fn id(&self) -> MasterKeyId {
+        MasterKeyId::new("pageseal", "cluster-key")
+    }
+
+    fn wrap_key(&self, _: &KeyPayload, _: &WrapContext<'_>) -> Result<WrappedKey, KmsError> {
+        panic!("it was asked to wrap")
+    }
+
+    fn unwrap_key(&self, _: &WrappedKey, _: &WrapContext<'_>) -> Result<KeyPayload, KmsError> {
+        panic!("it was asked to unwrap")
+    }
+}
+
+#[test]
+fn a_master_key_that_could_be_taken_for_the_cluster_key_is_refused_everywhere() {
+    let (house, _, cluster) = start(Hierarchy::ClusterKey);
+    let impostor = || Wrappers::one(Impostor);
+    let elsewhere = house.directory().join("elsewhere");
+    assert_eq!(kind(Cluster::create(&elsewhere, quick(), impostor())), ErrorKind::Misconfigured);
+    assert_eq!(kind(house.open_with(impostor())), ErrorKind::Misconfigured);
+    assert_eq!(kind(cluster.use_wrappers(impostor())), ErrorKind::Misconfigured);
+    assert_eq!(kind(cluster.rewrap(impostor(), QUIET)), ErrorKind::Misconfigured);
+    cluster.check_master_key().unwrap();
 }
 
 #[test]
