@@ -5,17 +5,17 @@
 
 use std::fs::{self, File};
 use std::io::Read;
-use std::sync::{Arc, PoisonError, Weak};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, MutexGuard, PoisonError};
 
 use crate::cluster::Cluster;
-use crate::cluster::opening::{Keys, newest_of};
+use crate::cluster::opening::{Keys, alive_of};
 use crate::cluster::shared::{ClusterInner, PATIENCE, read_keystore, unwrap_any_root};
-use crate::error::{Error, ErrorKind, PageError, Result};
-use crate::format::keystore::Hierarchy;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::keystore::{Header, Hierarchy};
 use crate::format::record::Record;
+use crate::format::wrapped::Purpose;
 use crate::ids::DatabaseId;
-use crate::keys::keyring::{Closed, Closing};
+use crate::keys::keyring::Closed;
 use crate::keys::root::RootKeys;
 use crate::keys::wrappers::Wrappers;
 use crate::page::cipher::CipherInner;
@@ -35,7 +35,7 @@ impl Cluster {
     ///
     /// # Errors
     /// [`ErrorKind::InUse`] if operations in flight did not end within 30 seconds: the gate is closed, but keys may be in
-    /// memory until they do. [`ErrorKind::Forked`].
+    /// memory until they do; or if the cluster was brought back meanwhile. [`ErrorKind::Forked`].
     pub fn disable(&self) -> Result<()> {
         self.0.disable()
     }
@@ -59,61 +59,61 @@ impl Cluster {
 impl ClusterInner {
     pub(super) fn disable(&self) -> Result<()> {
         self.check_fork()?;
-        let mut fading = self.lifecycle.lock().unwrap_or_else(PoisonError::into_inner);
-        // First, so that a database that is being opened right now sees it: see `handle`.
-        fading.root.extend(self.set_root(None).map(|root| Arc::downgrade(&root)));
-        fading.keys.extend(self.ciphers.all().iter().map(|(_, cipher)| cipher.close(Closed::Disabled)));
+        let mut closings = self.closings();
+        *closings += 1;
+        self.close_gate();
+        drop(closings);
         self.leave_hint();
-        if fading.wait(PATIENCE) {
+        if self.in_memory.wait(PATIENCE, || self.root().is_ok()) {
             return Ok(());
         }
-        let message = format!(
-            "cluster {} is disabled, but operations in flight did not end within {PATIENCE:?}; their keys stay in memory \
-             until they do",
-            self.id
-        );
+        let message = if self.root().is_ok() {
+            format!("cluster {} was disabled, and brought back before its last operation had ended", self.id)
+        } else {
+            format!(
+                "cluster {} is disabled, but operations in flight did not end within {PATIENCE:?}; their keys stay in memory \
+                 until they do",
+                self.id
+            )
+        };
         Err(Error::new(ErrorKind::InUse, message))
+    }
+
+    fn closings(&self) -> MutexGuard<'_, u64> {
+        self.closings.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The cluster's own keys go first: a database that is being opened right now is closed here, or sees that they are gone
+    /// (see [`ClusterInner::handle`]).
+    fn close_gate(&self) {
+        self.set_root(None);
+        for (_, cipher) in self.ciphers.all() {
+            cipher.close(Closed::Disabled);
+        }
     }
 
     pub(super) fn retry(&self) -> Result<()> {
         self.check_fork()?;
-        let _lifecycle = self.lifecycle.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.root().is_ok() {
-            return Ok(());
-        }
+        let _recovering = self.recovering.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = {
+            let closings = self.closings();
+            if self.root().is_ok() {
+                return Ok(());
+            }
+            *closings
+        };
+        // Whoever disables the cluster meanwhile is not kept waiting by key services, but waits for the end of this.
+        let _in_flight = self.in_memory.mark();
         let root = self.unwrap_closed(&self.wrappers())?;
         let reopened = self.unwrap_open_databases(&root)?;
+        let closings = self.closings();
+        if *closings != before {
+            let message = format!("cluster {} was disabled again while it was being brought back", self.id);
+            return Err(Error::new(ErrorKind::Closed, message));
+        }
         self.set_root(Some(root));
-        let mut outcome = Ok(());
-        for (cipher, keys) in reopened {
-            let opened = match keys {
-                Some((keys, hold)) => cipher.open_with(keys, hold),
-                None => {
-                    let _ = cipher.close(Closed::Dropped);
-                    Ok(())
-                }
-            };
-            // One that was dropped stays so, and keeps no other from coming back.
-            outcome = outcome.and(opened.or_else(|error| match error.kind() {
-                ErrorKind::NotFound => Ok(()),
-                _ => Err(error),
-            }));
-        }
-        outcome.and_then(|()| self.reopen_stragglers())
-    }
-
-    /// Opens what was being opened while the gate was closed, and closed for it.
-    fn reopen_stragglers(&self) -> Result<()> {
-        for (id, cipher) in self.ciphers.all() {
-            if matches!(cipher.enter(), Err(PageError::Disabled)) {
-                match self.newest_keys(id) {
-                    Ok((keys, hold)) => cipher.open_with(keys, hold)?,
-                    Err(error) if error.kind() == ErrorKind::NotFound => drop(cipher.close(Closed::Dropped)),
-                    Err(error) => return Err(error),
-                }
-            }
-        }
-        Ok(())
+        // All come back, or none does.
+        reopen(reopened).inspect_err(|_| self.close_gate())
     }
 
     /// The cluster's own keys, as they lie in the keystore now, by these master keys.
@@ -123,7 +123,8 @@ impl ClusterInner {
     pub(crate) fn unwrap_closed(&self, wrappers: &Wrappers) -> Result<RootKeys> {
         let mut unverified = read_keystore(&self.store, &self.locks)?;
         unverified.retain(self.id);
-        unwrap_any_root(wrappers, &self.options, unverified.headers()).map(|(root, _)| root)
+        let request = |header: &Header| self.request(None, header.record.generation, Purpose::Cluster);
+        unwrap_any_root(wrappers, unverified.headers(), request).map(|(root, _)| root)
     }
 
     /// Takes over what happened to the keystore while the gate was closed.
@@ -138,8 +139,7 @@ impl ClusterInner {
         Err(Error::new(ErrorKind::InUse, format!("another process replaced the cluster key of {}; try again", self.id)))
     }
 
-    /// The keys of every open database, before any of them is opened: all come back, or none does. Without keys where a
-    /// database was dropped meanwhile.
+    /// The keys of every open database. Without keys where a database was dropped meanwhile.
     fn unwrap_open_databases(&self, root: &RootKeys) -> Result<Vec<(Arc<CipherInner>, Option<Keys>)>> {
         for _ in 0..TRIES {
             self.catch_up_closed(root)?;
@@ -149,7 +149,7 @@ impl ClusterInner {
             // What is newest must still be so now that it is held.
             self.catch_up_closed(root)?;
             let now = self.records_of(&open).1;
-            if records.iter().zip(&now).all(|((_, a), (_, b))| newest_of(a) == newest_of(b)) {
+            if records.iter().zip(&now).all(|((_, a), (_, b))| alive_of(a) == alive_of(b)) {
                 let with_keys = |(id, cipher)| (cipher, keys.remove(&id).filter(|(keys, _)| !keys.is_empty()));
                 return Ok(open.into_iter().map(with_keys).collect());
             }
@@ -181,24 +181,18 @@ impl ClusterInner {
     }
 }
 
-/// Keys that were let go of, and that operations in flight may still use. Kept until they are gone, so that whoever disables
-/// a cluster again waits for them, too.
-#[derive(Default)]
-pub(super) struct Fading {
-    root: Vec<Weak<RootKeys>>,
-    keys: Vec<Closing>,
-}
-
-impl Fading {
-    /// Waits until they are gone; false if that took longer than `patience`.
-    fn wait(&mut self, patience: Duration) -> bool {
-        let end = Instant::now() + patience;
-        let left = || end.saturating_duration_since(Instant::now());
-        self.keys.retain(|closing| !closing.wait(left()));
-        while self.root.iter().any(|root| root.strong_count() > 0) && !left().is_zero() {
-            std::thread::sleep(Duration::from_micros(200));
+/// Opens the gate of these databases, or says that they are gone.
+fn reopen(databases: Vec<(Arc<CipherInner>, Option<Keys>)>) -> Result<()> {
+    for (cipher, keys) in databases {
+        let Some((keys, hold)) = keys else {
+            cipher.close(Closed::Dropped);
+            continue;
+        };
+        match cipher.open_with(keys, hold) {
+            // One that was dropped stays so, and keeps no other from coming back.
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            opened => opened?,
         }
-        self.root.retain(|root| root.strong_count() > 0);
-        self.keys.is_empty() && self.root.is_empty()
     }
+    Ok(())
 }

@@ -34,7 +34,7 @@ use crate::storage::locks::LockFile;
 
 pub use options::ClusterOptions;
 pub(crate) use shared::ClusterInner;
-use shared::{PATIENCE, read_keystore, request, unwrap_any_root, unwrap_root};
+use shared::{PATIENCE, read_keystore, request, root_request, unwrap_any_root, unwrap_root};
 pub use shred::Shredded;
 pub use watch::Maintained;
 use watch::Watch;
@@ -131,11 +131,13 @@ impl Cluster {
         let store = Arc::new(FileStore::new(Arc::clone(&options.disk), directory, Arc::clone(&locks)));
         let mut unverified = read_keystore(&store, &locks)?;
         check_expected(&mut unverified, directory, &options, &wrappers)?;
-        let (mut root, record) = unwrap_any_root(&wrappers, &options, unverified.headers())?;
+        let (mut root, record) = unwrap_any_root(&wrappers, unverified.headers(), |header| root_request(&options, header))?;
         let keystore = unverified.verify(&root.mac)?;
         if *keystore.cluster_record() != record {
             // The other copy's record was opened, but this one counts: who cannot open it cannot open its data keys either.
-            root = unwrap_root(&wrappers, &options, root.names.cluster, keystore.cluster_record())?;
+            let record = keystore.cluster_record();
+            let request = request(&options, root.names.cluster, None, record.generation, Purpose::Cluster);
+            root = unwrap_root(&wrappers, &request, record)?;
         }
         Self::assemble(directory, options, wrappers, locks, store, keystore, root)
     }
@@ -174,9 +176,9 @@ impl Cluster {
     ///
     /// # Errors
     /// [`ErrorKind::AlreadyExists`]; [`ErrorKind::Invalid`] for an empty name, one over 255 bytes, or one with control
-    /// characters; what the key services answered; [`ErrorKind::Closed`] while the cluster is disabled; what changing the
-    /// keystore gives: [`ErrorKind::Io`], [`ErrorKind::InUse`] if another process keeps its lock,
-    /// [`ErrorKind::KeystoreStale`].
+    /// characters; what the key services answered; [`ErrorKind::Closed`] while the cluster is disabled, after which the
+    /// database may exist if that happened meanwhile; what changing the keystore gives: [`ErrorKind::Io`],
+    /// [`ErrorKind::InUse`] if another process keeps its lock, [`ErrorKind::KeystoreStale`].
     pub fn create_database(&self, name: &str) -> Result<Database> {
         check_name("database", name)?;
         let inner = &self.0;
@@ -185,6 +187,7 @@ impl Cluster {
             let look_up = root.names.look_up(&CLUSTER_SCOPE, name)?;
             if keystore.catalogue().find_database(&look_up).is_some() { Err(exists()) } else { Ok(()) }
         })?;
+        let _in_flight = inner.enter()?;
         let id = DatabaseId::from_bytes(inner.env().random()?);
         let (key, hold) = loop {
             let key = inner.draw_data_key(Generation::FIRST, inner.options.suite)?;
@@ -209,7 +212,7 @@ impl Cluster {
             // The hierarchy or the cluster key changed meanwhile: wrapped for nothing.
         };
         let cipher = inner.ciphers.get_or_open(id, || inner.adopt(id, vec![key], Some(hold)))?;
-        Ok(inner.handle(id, name, cipher))
+        inner.handle(id, name, cipher)
     }
 
     /// Opens the database of this name: its data keys are unwrapped, all generations, unless it is open already. Callers who

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use crate::aead::check_suite;
@@ -14,6 +14,7 @@ use crate::format::page::Suite;
 use crate::format::record::{KeyState, Record};
 use crate::format::wrapped::Purpose;
 use crate::ids::{DatabaseId, Generation, SealId};
+use crate::keys::in_memory::Live;
 use crate::keys::keyring::{Closed, DataKey, Hold, Keyring};
 use crate::keys::many::UnwrapJob;
 use crate::keys::names::CLUSTER_SCOPE;
@@ -105,10 +106,11 @@ impl ClusterInner {
             found.ok_or_else(|| Error::new(ErrorKind::NotFound, format!("there is no database named {name:?}")))
         })?;
         self.follow_if_behind();
+        let _in_flight = self.enter()?;
         let cipher = self.ciphers.get_or_open(id, || self.open_cipher(id))?;
         // If it was open, and another thread is still about to follow the others. What fails is tried again later.
         let _ = self.follow_one(id, &cipher);
-        Ok(self.handle(id, name, cipher))
+        self.handle(id, name, cipher)
     }
 
     /// All databases by their names, sorted.
@@ -126,6 +128,7 @@ impl ClusterInner {
     /// Opens every database; those that are not open yet are unwrapped together.
     pub(super) fn open_databases(self: &Arc<Self>) -> Result<Vec<Database>> {
         let named = self.named_databases()?;
+        let _in_flight = self.enter()?;
         self.follow_if_behind();
         let closed = named.iter().map(|(_, id)| *id).filter(|id| self.ciphers.get(*id).is_none());
         let mut opened = self.unwrap_together(&closed.collect::<Vec<_>>())?;
@@ -134,7 +137,7 @@ impl ClusterInner {
                 Some((keys, hold)) => self.adopt(id, keys, hold),
                 None => self.open_cipher(id),
             };
-            Ok(self.handle(id, &name, self.ciphers.get_or_open(id, open)?))
+            self.handle(id, &name, self.ciphers.get_or_open(id, open)?)
         };
         named.into_iter().map(handle).collect()
     }
@@ -146,10 +149,12 @@ impl ClusterInner {
             Ok((Arc::clone(root), keystore.hierarchy(), ids.iter().map(of).collect::<Vec<_>>()))
         })?;
         let mut opened = self.unwrap_all(&root, hierarchy, &records)?;
-        let newest: HashMap<_, _> = records.iter().map(|(id, records)| (*id, newest_of(records))).collect();
         self.look(|keystore, _| {
-            let now = |id| keystore.catalogue().generations(id).next_back().map(|record| record.generation);
-            opened.retain(|id, _| Some(&now(*id)) == newest.get(id));
+            for (id, records) in &records {
+                if alive_of(records) != alive_of(keystore.catalogue().generations(*id)) {
+                    opened.remove(id);
+                }
+            }
             Ok(())
         })?;
         self.make_durable()?;
@@ -198,7 +203,7 @@ impl ClusterInner {
             };
             let keys = self.unwrap_data_keys(&root, hierarchy, &records)?;
             // Only what is newest while it is held is sure to be there as long as it is held.
-            if self.newest_generation(id)? == newest_of(&records) {
+            if self.alive_generations(id)? == alive_of(&records) {
                 self.make_durable()?;
                 return Ok((keys, hold));
             }
@@ -223,8 +228,8 @@ impl ClusterInner {
         }
     }
 
-    fn newest_generation(&self, id: DatabaseId) -> Result<Option<Generation>> {
-        self.look(|keystore, _| Ok(keystore.catalogue().generations(id).next_back().map(|record| record.generation)))
+    fn alive_generations(&self, id: DatabaseId) -> Result<Vec<(Generation, SealId)>> {
+        self.look(|keystore, _| Ok(alive_of(keystore.catalogue().generations(id))))
     }
 
     /// The one cipher of a database whose keys were just unwrapped or drawn.
@@ -234,27 +239,31 @@ impl ClusterInner {
         keys: Vec<DataKey>,
         hold: Option<Hold>,
     ) -> Result<Arc<CipherInner>> {
-        let keyring = Keyring::new(id, keys, hold)?;
+        let keyring = Keyring::new(id, keys, hold, &self.in_memory)?;
         let source: Weak<dyn GenerationSource> = Arc::downgrade(&(Arc::clone(self) as Arc<dyn GenerationSource>));
         let (subkeys, resumes) = (Arc::clone(&self.subkeys), Arc::clone(&self.resumes));
         let cipher = PageCipher::new(keyring, self.backend(), subkeys, resumes, self.env().clone(), Some(source));
         Ok(cipher.0)
     }
 
-    pub(super) fn handle(self: &Arc<Self>, id: DatabaseId, name: &str, cipher: Arc<CipherInner>) -> Database {
-        // The cluster may have been disabled after the keys were unwrapped: whoever disables it empties `root` first and then
-        // closes what is registered, so either sees the other.
-        if self.root().is_err() {
-            let _ = cipher.close(Closed::Disabled);
-        }
-        let cipher = PageCipher::from_inner(cipher);
+    /// A handle of a database that is open and registered.
+    ///
+    /// # Errors
+    /// As [`ClusterInner::root`].
+    pub(super) fn handle(self: &Arc<Self>, id: DatabaseId, name: &str, cipher: Arc<CipherInner>) -> Result<Database> {
+        // The cluster may have been disabled after the keys were unwrapped. Whoever disables it empties `root` first and then
+        // closes what is registered. So if there is a root, the gate of this database was not passed over; if there is none,
+        // nobody gets it.
+        self.root()?;
         // What other processes changed before it was registered was followed by nobody.
-        let newest = self.keystore().catalogue().generations(id).next_back().map(|record| record.generation);
-        if newest != Some(cipher.generation()) {
+        let now: Vec<_> = alive_of(self.keystore().catalogue().generations(id)).into_iter().map(|(g, _)| g).collect();
+        if cipher.enter().is_ok_and(|open| open.generations() != now) {
             self.unfollowed.store(true, Ordering::Release);
             self.follow_if_behind();
         }
-        Database::from_inner(Arc::new(DatabaseInner { cluster: Arc::clone(self), id, name: name.to_owned(), cipher }))
+        let cipher = PageCipher::from_inner(cipher);
+        let inner = DatabaseInner { cluster: Arc::clone(self), id, name: name.to_owned(), cipher };
+        Ok(Database::from_inner(Arc::new(inner)))
     }
 
     /// Brings open databases to what other processes changed, if they may be behind. What fails is tried again later.
@@ -286,17 +295,17 @@ impl ClusterInner {
         Err(Error::new(ErrorKind::InUse, format!("other processes keep rotating database {id}; try again")))
     }
 
-    /// False if another process rotated it meanwhile.
+    /// True if there is nothing to follow. After something was followed it must be looked at again: what another process
+    /// destroyed meanwhile has no place in the keyring, and what it made is held only now.
     fn try_follow(&self, id: DatabaseId, cipher: &CipherInner) -> Result<bool> {
         let Wrapped { root, hierarchy, records } = match self.data_records(id) {
             Err(error) if error.kind() == ErrorKind::NotFound => {
-                let _ = cipher.close(Closed::Dropped);
+                cipher.close(Closed::Dropped);
                 return Ok(true);
             }
             records => records?,
         };
-        let alive = |record: &&Record| record.state != KeyState::Destroyed;
-        let current: Vec<_> = records.iter().filter(alive).map(|record| record.generation).collect();
+        let current: Vec<_> = alive_of(&records).into_iter().map(|(generation, _)| generation).collect();
         // While it is closed there is nothing to follow; opening it brings everything.
         let Ok(open) = cipher.enter() else { return Ok(true) };
         if open.generations() == current {
@@ -307,11 +316,11 @@ impl ClusterInner {
         drop(open);
         let keys = self.unwrap_data_keys(&root, hierarchy, &unknown)?;
         // As when it is opened: what is newest must still be so now that it is held.
-        if self.newest_generation(id)? != newest_of(&records) {
-            return Ok(false);
+        if self.alive_generations(id)? == alive_of(&records) {
+            self.make_durable()?;
+            cipher.follow(&current, keys, hold)?;
         }
-        self.make_durable()?;
-        cipher.follow(&current, keys, hold).map(|()| true)
+        Ok(false)
     }
 }
 
@@ -320,13 +329,19 @@ pub(super) type Keys = (Vec<DataKey>, Option<Hold>);
 
 /// Records, and the keys and hierarchy under which they are wrapped.
 struct Wrapped {
-    root: Arc<RootKeys>,
+    root: Arc<Live<RootKeys>>,
     hierarchy: Hierarchy,
     records: Vec<Record>,
 }
 
 pub(super) fn newest_of(records: &[Record]) -> Option<Generation> {
     records.last().map(|record| record.generation)
+}
+
+/// The generations that are not destroyed, with what tells their keys apart.
+pub(super) fn alive_of<'a>(records: impl IntoIterator<Item = &'a Record>) -> Vec<(Generation, SealId)> {
+    let alive = records.into_iter().filter(|record| record.state != KeyState::Destroyed);
+    alive.map(|record| (record.generation, record.seal)).collect()
 }
 
 impl ClusterInner {
@@ -343,18 +358,17 @@ impl ClusterInner {
         }
     }
 
-    fn failed_look(&self) -> MutexGuard<'_, Option<Instant>> {
-        self.failed_look.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 impl GenerationSource for ClusterInner {
     fn look_for(&self, database: DatabaseId, generation: Generation) -> bool {
-        if self.failed_look().is_some_and(|before| before.elapsed() < LOOK_PAUSE) {
+        // One thread at a time: when many readers meet a new generation at once, the key service is asked once.
+        let mut failed = self.looking.lock().unwrap_or_else(PoisonError::into_inner);
+        if failed.is_some_and(|before| before.elapsed() < LOOK_PAUSE) {
             return false;
         }
         let found = self.find_generation(database, generation);
-        *self.failed_look() = found.is_err().then(Instant::now);
+        *failed = found.is_err().then(Instant::now);
         found.unwrap_or(false)
     }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use crate::aead::check_suite;
 use crate::cluster::options::ClusterOptions;
-use crate::cluster::shared::{PATIENCE, unwrap_any_root};
+use crate::cluster::shared::{PATIENCE, root_request, unwrap_any_root};
 use crate::cluster::{Cluster, ClusterInner, check_expected, check_providers, lock_file, make_cluster_directory};
 use crate::error::{Error, ErrorKind, Result};
 use crate::keys::chain::MAX_FILE_LEN;
@@ -56,7 +56,7 @@ impl Cluster {
         })?;
         let mut exported = UnverifiedKeystore::exported(Arc::clone(&store) as _, bytes)?;
         check_expected(&mut exported, directory, &options, &wrappers)?;
-        let (root, _) = unwrap_any_root(&wrappers, &options, exported.headers())?;
+        let (root, _) = unwrap_any_root(&wrappers, exported.headers(), |header| root_request(&options, header))?;
         let mut keystore = exported.verify(&root.mac)?;
         {
             let _change = locks.change(PATIENCE)?;

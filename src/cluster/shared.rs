@@ -1,7 +1,8 @@
 //! What the handles of a cluster share: its own keys, its keystore and how it is read and changed, and what is open.
 //!
-//! Locks are taken in one order: `moving`, `lifecycle`, the lock among processes, the keystore's mutex. The last two are
-//! never held while a key service is called, and who waits for another process keeps no thread from the keystore.
+//! Locks are taken in one order: `moving`, `recovering` or `looking`, then `closings`, the lock among processes, the
+//! keystore's mutex. The last three are never held while a key service is called, and who waits for another process keeps no
+//! thread from the keystore.
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -11,7 +12,6 @@ use std::time::{Duration, Instant};
 use arc_swap::{ArcSwap, ArcSwapOption};
 
 use crate::aead::AesBackend;
-use crate::cluster::gate::Fading;
 use crate::cluster::options::ClusterOptions;
 use crate::cluster::watch::Watch;
 use crate::env::Env;
@@ -22,6 +22,7 @@ use crate::format::record::Record;
 use crate::format::wrapped::Purpose;
 use crate::ids::{ClusterId, DatabaseId, FileId, Generation};
 use crate::keys::calls::WrapRequest;
+use crate::keys::in_memory::{InMemory, KeysInMemory, Live};
 use crate::keys::keystore::{Keystore, UnverifiedKeystore};
 use crate::keys::root::RootKeys;
 use crate::keys::store::{Durability, FileStore};
@@ -48,11 +49,15 @@ pub(crate) struct ClusterInner {
     pub(super) store: Arc<FileStore>,
     wrappers: ArcSwap<Wrappers>,
     /// None while the cluster is disabled.
-    root: ArcSwapOption<RootKeys>,
+    root: ArcSwapOption<Live<RootKeys>>,
+    /// Says whether the cluster's own keys are in memory, or those of a database, or anything that they come out of.
+    pub(crate) in_memory: KeysInMemory,
     fork: ForkDetector,
-    /// Held while the cluster is disabled, brought back, or moved to other keys: one at a time.
-    pub(super) lifecycle: Mutex<Fading>,
-    /// Held while keys are moved to others. Key services are called under it, and under no other lock.
+    /// How often the gate was closed. Held while it is closed or opened; no key service is called meanwhile.
+    pub(super) closings: Mutex<u64>,
+    /// Held while the cluster is brought back: one at a time.
+    pub(super) recovering: Mutex<()>,
+    /// Held while keys are moved to others.
     pub(crate) moving: Mutex<()>,
     keystore: Mutex<Keystore>,
     /// The keystore's last change, for those who note it without taking the keystore's mutex.
@@ -65,8 +70,8 @@ pub(crate) struct ClusterInner {
     pub(super) ciphers: Registry<DatabaseId, CipherInner>,
     /// Open databases may lack what other processes changed.
     pub(super) unfollowed: AtomicBool,
-    /// When a page last named an unknown generation that could not be looked for.
-    pub(super) failed_look: Mutex<Option<Instant>>,
+    /// Held by the one thread that looks for a generation which a page named: when that last failed.
+    pub(super) looking: Mutex<Option<Instant>>,
     /// Page files in use, so that there is one writer and one written mark for each.
     pub(crate) files: Registry<(DatabaseId, FileId), page_file::Inner>,
     pub(super) subkeys: Arc<SubkeyCache>,
@@ -86,15 +91,18 @@ impl ClusterInner {
         root: RootKeys,
     ) -> Result<Self> {
         let fork = ForkDetector::new().map_err(|error| Error::io("preparing to notice forks", error))?;
+        let in_memory = KeysInMemory::default();
         Ok(Self {
             id: root.names.cluster,
             directory,
             locks,
             store,
             wrappers: ArcSwap::from_pointee(wrappers),
-            root: ArcSwapOption::from_pointee(root),
+            root: ArcSwapOption::new(Some(Live::new(root, in_memory.mark()))),
+            in_memory,
             fork,
-            lifecycle: Mutex::default(),
+            closings: Mutex::default(),
+            recovering: Mutex::default(),
             moving: Mutex::default(),
             position: Mutex::new(position_of(&keystore)),
             clustered: AtomicBool::new(keystore.hierarchy() == Hierarchy::ClusterKey),
@@ -102,7 +110,7 @@ impl ClusterInner {
             stale: AtomicBool::new(false),
             ciphers: Registry::new(),
             unfollowed: AtomicBool::new(false),
-            failed_look: Mutex::new(None),
+            looking: Mutex::new(None),
             files: Registry::new(),
             subkeys: Arc::new(SubkeyCache::new(options.subkey_cache)),
             resumes: Arc::default(),
@@ -144,7 +152,18 @@ impl ClusterInner {
         generation: Generation,
         purpose: Purpose,
     ) -> WrapRequest {
-        request(&self.options, self.id, database, generation, purpose)
+        // Also when nobody waits for the call any more: a payload may be in it.
+        let in_flight = Some(self.in_memory.mark());
+        WrapRequest { in_flight, ..request(&self.options, self.id, database, generation, purpose) }
+    }
+
+    /// For the length of an operation that has keys in its hands, so that whoever closes the gate waits for its end.
+    ///
+    /// # Errors
+    /// As [`ClusterInner::root`].
+    pub(crate) fn enter(&self) -> Result<InMemory> {
+        // Not a new mark: while the gate is closed, those who knock must not look like keys.
+        Ok(self.root()?.mark())
     }
 
     /// The cluster's own keys. In a forked child, where another thread's lock would be held for ever, they are refused before
@@ -152,7 +171,7 @@ impl ClusterInner {
     ///
     /// # Errors
     /// [`ErrorKind::Closed`] while the cluster is disabled; [`ErrorKind::Forked`].
-    pub(crate) fn root(&self) -> Result<Arc<RootKeys>> {
+    pub(crate) fn root(&self) -> Result<Arc<Live<RootKeys>>> {
         self.check_fork()?;
         self.root.load_full().ok_or_else(|| PageError::Disabled.into())
     }
@@ -161,8 +180,8 @@ impl ClusterInner {
         if self.fork.forked() { Err(PageError::Forked.into()) } else { Ok(()) }
     }
 
-    pub(super) fn set_root(&self, root: Option<RootKeys>) -> Option<Arc<RootKeys>> {
-        self.root.swap(root.map(Arc::new))
+    pub(super) fn set_root(&self, root: Option<RootKeys>) {
+        self.root.store(root.map(|root| Live::new(root, self.in_memory.mark())));
     }
 
     /// The keystore's memory, as it is, whatever other processes did.
@@ -174,7 +193,7 @@ impl ClusterInner {
     ///
     /// # Errors
     /// As [`ClusterInner::root`]; [`ErrorKind::KeystoreStale`]; what reading the keystore gives.
-    pub(crate) fn look<R>(&self, f: impl FnOnce(&Keystore, &Arc<RootKeys>) -> Result<R>) -> Result<R> {
+    pub(crate) fn look<R>(&self, f: impl FnOnce(&Keystore, &Arc<Live<RootKeys>>) -> Result<R>) -> Result<R> {
         for _ in 0..TRIES {
             let root = self.root()?;
             let mut keystore = self.keystore();
@@ -297,7 +316,8 @@ impl ClusterInner {
     fn refresh_root(&self) -> Result<()> {
         let old = self.root()?;
         let record = self.keystore().cluster_record().clone();
-        let new = Arc::new(unwrap_root(&self.wrappers(), &self.options, self.id, &record)?);
+        let request = self.request(None, record.generation, Purpose::Cluster);
+        let new = Live::new(unwrap_root(&self.wrappers(), &request, &record)?, old.mark());
         // Not if the cluster was disabled meanwhile.
         self.root.compare_and_swap(&Some(old), Some(new));
         Ok(())
@@ -305,9 +325,8 @@ impl ClusterInner {
 
     /// Writes the keystore anew under another hierarchy, cluster record, or both, and uses `root` from then on.
     pub(crate) fn note_root(&self, root: RootKeys) {
-        let current = self.root.load_full();
-        if current.is_some() {
-            self.root.compare_and_swap(&current, Some(Arc::new(root)));
+        if let Some(current) = self.root.load_full() {
+            self.root.compare_and_swap(&Some(Arc::clone(&current)), Some(Live::new(root, current.mark())));
         }
     }
 }
@@ -340,18 +359,12 @@ pub(super) fn request(
     generation: Generation,
     purpose: Purpose,
 ) -> WrapRequest {
-    WrapRequest { cluster, database, generation, purpose, timeout: options.kms_timeout }
+    WrapRequest { cluster, database, generation, purpose, timeout: options.kms_timeout, in_flight: None }
 }
 
 /// Unwraps the cluster's own keys. `record` need not be authenticated: what comes out must make this cluster's id.
-pub(super) fn unwrap_root(
-    wrappers: &Wrappers,
-    options: &ClusterOptions,
-    cluster: ClusterId,
-    record: &Record,
-) -> Result<RootKeys> {
-    let request = request(options, cluster, None, record.generation, Purpose::Cluster);
-    wrappers.unwrap_with(&record.wrappings, &request, |payload| RootKeys::accept(payload, record, cluster))
+pub(super) fn unwrap_root(wrappers: &Wrappers, request: &WrapRequest, record: &Record) -> Result<RootKeys> {
+    wrappers.unwrap_with(&record.wrappings, request, |payload| RootKeys::accept(payload, record, request.cluster))
 }
 
 /// Unwraps the cluster's own keys as one of the copies of an unverified keystore has them, the newer first; with the record
@@ -361,12 +374,12 @@ pub(super) fn unwrap_root(
 /// What the key services answered about the newer; about the older only if the newer cannot be this cluster's.
 pub(super) fn unwrap_any_root(
     wrappers: &Wrappers,
-    options: &ClusterOptions,
     headers: &[Header],
+    request: impl Fn(&Header) -> WrapRequest,
 ) -> Result<(RootKeys, Record)> {
     let mut refused = None;
-    for Header { cluster, record, .. } in headers {
-        match unwrap_root(wrappers, options, *cluster, record) {
+    for header @ Header { record, .. } in headers {
+        match unwrap_root(wrappers, &request(header), record) {
             Ok(root) => return Ok((root, record.clone())),
             Err(error) if is_about_the_record(&error) => refused = refused.or(Some(error)),
             Err(error) => return Err(refused.unwrap_or(error)),
@@ -379,6 +392,11 @@ pub(super) fn unwrap_any_root(
 fn is_about_the_record(error: &Error) -> bool {
     use ErrorKind::*;
     matches!(error.kind(), BadCiphertext | Misconfigured | Authentication | WrongIdentity | Damaged | Unclassified)
+}
+
+/// The call that unwraps what a keystore's header has.
+pub(super) fn root_request(options: &ClusterOptions, header: &Header) -> WrapRequest {
+    request(options, header.cluster, None, header.record.generation, Purpose::Cluster)
 }
 
 /// Reads both copies, while nobody changes them.

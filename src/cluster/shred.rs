@@ -83,7 +83,7 @@ impl Database {
     pub fn destroy_generation(&self, generation: Generation) -> Result<Shredded> {
         let shredded = self.cluster().destroy_generation(self.id(), generation)?;
         // No operation waits for it: what is in flight with this key can only be an opening, and ends by itself.
-        let _closing = self.cipher_inner().forget_generation(generation)?;
+        self.cipher_inner().forget_generation(generation)?;
         Ok(shredded)
     }
 }
@@ -103,7 +103,7 @@ impl ClusterInner {
         // Also for a thread that is opening it right now, and is not registered yet.
         self.unfollowed.store(true, Ordering::Release);
         if let Some(cipher) = self.ciphers.get(shredded.database) {
-            let _ = cipher.close(Closed::Dropped);
+            cipher.close(Closed::Dropped);
         }
         Ok(self.remove_files(shredded))
     }

@@ -20,6 +20,7 @@ use arc_swap::ArcSwap;
 use crate::error::{KmsClass, KmsError};
 use crate::format::wrapped::Purpose;
 use crate::ids::{ClusterId, DatabaseId, Generation, MasterKeyId};
+use crate::keys::in_memory::InMemory;
 use crate::keys::patience::Patient;
 use crate::keys::wrapper::{KeyWrapper, WrapContext};
 use crate::secret::scoped_deep;
@@ -37,6 +38,8 @@ pub(crate) struct WrapRequest {
     pub(crate) generation: Generation,
     pub(crate) purpose: Purpose,
     pub(crate) timeout: Duration,
+    /// Kept by the call until it has returned, whether anybody still waits for it or not.
+    pub(crate) in_flight: Option<InMemory>,
 }
 
 impl WrapRequest {
@@ -116,6 +119,7 @@ impl Lane {
             let (wrapper, request) = (Arc::clone(&self.wrapper), request.clone());
             Job {
                 deadline,
+                _in_flight: request.in_flight.clone(),
                 run: Box::new(move || {
                     started.store(true, Ordering::Relaxed);
                     // Nobody may be waiting any more. Then what came back is dropped here, and so wiped.
@@ -244,6 +248,8 @@ enum TakenOn {
 struct Job {
     deadline: Instant,
     run: Box<dyn FnOnce() + Send>,
+    // Declared after what runs, so that the payload in that is gone when it goes.
+    _in_flight: Option<InMemory>,
 }
 
 impl Crew {
@@ -322,6 +328,7 @@ pub(crate) mod fixtures {
             generation: Generation::new(3).unwrap(),
             purpose: Purpose::Data,
             timeout: Duration::from_secs(60),
+            in_flight: None,
         }
     }
 

@@ -3,9 +3,7 @@
 //! Whoever needs a data key asks here, and is refused while the keyring is closed. Who was let in keeps what it was given
 //! ([`OpenKeys`], [`Current`]) until it has ended, and so keeps those keys alive.
 
-use std::ops::Deref;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use arc_swap::ArcSwap;
 
@@ -14,6 +12,7 @@ use crate::error::{Error, ErrorKind, PageError};
 use crate::format::derive::{Info, Label};
 use crate::format::page::{SALT_LEN, Suite};
 use crate::ids::{DatabaseId, Generation, SealId};
+use crate::keys::in_memory::{KeysInMemory, Live};
 use crate::page::subkeys::Owner;
 use crate::secret::{Forked, Locked, SecretKey, ThisProcess};
 
@@ -40,25 +39,7 @@ impl DataKey {
 
 /// A data key in the keyring. Subkeys hold the one that they were derived from, so it outlives whatever uses it: once it
 /// is gone, so is everything made from it.
-pub(crate) struct LiveKey {
-    key: DataKey,
-    /// Goes after the key was wiped, being declared after it: [`Closing`] looks at it from outside.
-    wiped: Arc<()>,
-}
-
-impl LiveKey {
-    pub(crate) fn new(key: DataKey) -> Arc<Self> {
-        Arc::new(Self { key, wiped: Arc::default() })
-    }
-}
-
-impl Deref for LiveKey {
-    type Target = DataKey;
-
-    fn deref(&self) -> &DataKey {
-        &self.key
-    }
-}
+pub(crate) type LiveKey = Live<DataKey>;
 
 /// What must not be given up while anybody may seal under the newest generation: its lock among processes. It is dropped by
 /// whoever ends last, on any thread: its drop must neither block nor call into the database.
@@ -67,7 +48,7 @@ pub(crate) type Hold = Arc<dyn Send + Sync>;
 /// The keys of an open database, as they were at one moment. An operation that has them ends whole, whatever is closed
 /// meanwhile.
 pub(crate) struct OpenKeys {
-    // Declared before the keys, so that it is gone when they are: see `Closing`.
+    // Declared before the keys, so that it is gone when they are.
     hold: Option<Hold>,
     /// At least one; each generation once, in ascending order.
     keys: Vec<Arc<LiveKey>>,
@@ -75,17 +56,17 @@ pub(crate) struct OpenKeys {
 
 /// The key that new seals use, and what is held for it.
 pub(crate) struct Current {
-    // Declared before the key, so that it is gone when the key is: see `Closing`.
+    // Declared before the key, so that it is gone when the key is.
     pub(crate) hold: Option<Hold>,
     pub(crate) key: Arc<LiveKey>,
 }
 
 impl OpenKeys {
     /// `keys` in ascending order; those that `before` has, by their generation, are kept: no key is alive twice.
-    fn new(keys: Vec<DataKey>, hold: Option<Hold>, before: Option<&Self>) -> Self {
+    fn new(keys: Vec<DataKey>, hold: Option<Hold>, before: Option<&Self>, in_memory: &KeysInMemory) -> Self {
         let kept = |key: DataKey| {
             let known = before.and_then(|before| before.find(key.generation));
-            known.unwrap_or_else(|| LiveKey::new(key))
+            known.unwrap_or_else(|| LiveKey::new(key, in_memory.mark()))
         };
         Self { hold, keys: keys.into_iter().map(kept).collect() }
     }
@@ -106,13 +87,14 @@ impl OpenKeys {
         self.keys.iter().map(|key| key.generation).collect()
     }
 
+    #[cfg(feature = "test-util")]
+    pub(crate) fn live_keys(&self) -> Vec<std::sync::Weak<LiveKey>> {
+        self.keys.iter().map(Arc::downgrade).collect()
+    }
+
     pub(crate) fn find(&self, generation: Generation) -> Option<Arc<LiveKey>> {
         let at = self.keys.binary_search_by_key(&generation, |key| key.generation).ok()?;
         Some(Arc::clone(&self.keys[at]))
-    }
-
-    fn closing(&self) -> Closing {
-        Closing(self.keys.iter().map(|key| Arc::downgrade(&key.wiped)).collect())
     }
 }
 
@@ -163,6 +145,7 @@ pub(crate) struct Keyring {
     pub(crate) database: DatabaseId,
     pub(crate) owner: Owner,
     process: ThisProcess,
+    in_memory: KeysInMemory,
     state: ArcSwap<State>,
     /// Held while the next state is made from the last.
     changing: Mutex<()>,
@@ -170,17 +153,23 @@ pub(crate) struct Keyring {
 
 impl Keyring {
     /// An open keyring. `keys` must hold each generation once, in ascending order; `hold` is kept as long as anybody may
-    /// seal under the last.
+    /// seal under the last. As long as a key is in memory, `in_memory` says so.
     ///
     /// # Errors
     /// [`ErrorKind::Damaged`] if there is none; [`ErrorKind::Resources`].
-    pub(crate) fn new(database: DatabaseId, keys: Vec<DataKey>, hold: Option<Hold>) -> Result<Self, Error> {
+    pub(crate) fn new(
+        database: DatabaseId,
+        keys: Vec<DataKey>,
+        hold: Option<Hold>,
+        in_memory: &KeysInMemory,
+    ) -> Result<Self, Error> {
         check_keys(database, &keys)?;
-        let state = State::Open(Arc::new(OpenKeys::new(keys, hold, None)));
+        let state = State::Open(Arc::new(OpenKeys::new(keys, hold, None, in_memory)));
         Ok(Self {
             database,
             owner: Owner::next(),
             process: ThisProcess::mark()?,
+            in_memory: in_memory.clone(),
             state: ArcSwap::from_pointee(state),
             changing: Mutex::default(),
         })
@@ -224,19 +213,12 @@ impl Keyring {
         self.state.load().newest()
     }
 
-    /// Lets nobody in any more. What is dropped stays dropped.
-    pub(crate) fn close(&self, why: Closed) -> Closing {
-        let mut closing = Closing(Vec::new());
-        self.change(|state| {
-            let newest = state.newest();
-            match state {
-                State::Open(open) => closing = open.closing(),
-                State::Closed { why: Closed::Dropped, .. } => return None,
-                State::Closed { .. } => {}
-            }
-            Some(State::Closed { why, newest })
+    /// Lets nobody in any more. What is dropped stays dropped. Who is in keeps the keys alive until they have ended.
+    pub(crate) fn close(&self, why: Closed) {
+        self.change(|state| match state {
+            State::Closed { why: Closed::Dropped, .. } => None,
+            _ => Some(State::Closed { why, newest: state.newest() }),
         });
-        closing
     }
 
     /// Opens it with `keys`, as for [`Keyring::new`]; if it is open, they take the place of those it has.
@@ -257,7 +239,7 @@ impl Keyring {
     /// # Errors
     /// As [`Keyring::enter`]; [`ErrorKind::Damaged`] if a key is in neither.
     pub(crate) fn follow(&self, current: &[Generation], new: Vec<DataKey>, hold: Option<Hold>) -> Result<(), Error> {
-        let new: Vec<_> = new.into_iter().map(LiveKey::new).collect();
+        let new: Vec<_> = new.into_iter().map(|key| LiveKey::new(key, self.in_memory.mark())).collect();
         let mut outcome = Ok(());
         self.change(|state| {
             let open = match state.open() {
@@ -289,7 +271,7 @@ impl Keyring {
     /// # Errors
     /// As [`Keyring::enter`]; [`ErrorKind::Invalid`] if it is not newer than the newest.
     pub(crate) fn add(&self, key: DataKey, hold: Option<Hold>) -> Result<(), Error> {
-        let key = LiveKey::new(key);
+        let key = LiveKey::new(key, self.in_memory.mark());
         let mut outcome = Ok(());
         self.change(|state| {
             let checked = state.open().map_err(Error::from).and_then(|open| check_newer(open, &key));
@@ -311,8 +293,8 @@ impl Keyring {
     ///
     /// # Errors
     /// As [`Keyring::enter`]; [`ErrorKind::Invalid`] for the newest.
-    pub(crate) fn remove(&self, generation: Generation) -> Result<Closing, Error> {
-        let mut outcome = Ok(Closing(Vec::new()));
+    pub(crate) fn remove(&self, generation: Generation) -> Result<(), Error> {
+        let mut outcome = Ok(());
         self.change(|state| {
             let open = match state.open() {
                 Ok(open) if open.newest().generation != generation => open,
@@ -326,8 +308,7 @@ impl Keyring {
                     return None;
                 }
             };
-            let (gone, keys): (Vec<_>, _) = open.keys.iter().cloned().partition(|key| key.generation == generation);
-            outcome = Ok(Closing(gone.iter().map(|key| Arc::downgrade(&key.wiped)).collect()));
+            let keys = open.keys.iter().filter(|key| key.generation != generation).cloned().collect();
             Some(State::Open(Arc::new(OpenKeys { hold: open.hold.clone(), keys })))
         });
         outcome
@@ -343,7 +324,7 @@ impl Keyring {
         let mut outcome = Ok(());
         self.change(|state| match before(state) {
             Ok(before) => {
-                let open = OpenKeys::new(keys, hold.clone(), before.map(|before| &**before));
+                let open = OpenKeys::new(keys, hold.clone(), before.map(|before| &**before), &self.in_memory);
                 Some(State::Open(Arc::new(open)))
             }
             Err(error) => {
@@ -384,37 +365,4 @@ fn check_newer(open: &OpenKeys, key: &LiveKey) -> Result<Vec<Arc<LiveKey>>, Erro
         return Err(Error::invalid(message));
     }
     Ok(open.keys.clone())
-}
-
-/// Data keys that were let go of. They, what was derived from them, and the hold that went with them live until the last
-/// operation that was in flight has ended.
-#[must_use = "operations in flight may still use the keys"]
-pub(crate) struct Closing(Vec<Weak<()>>);
-
-impl Closing {
-    /// Waits until all of it is wiped; false if that took longer than `patience`.
-    pub(crate) fn wait(&self, patience: Duration) -> bool {
-        const SPINS: u32 = 1_000;
-        const NAP: Duration = Duration::from_micros(200);
-        let start = Instant::now();
-        let mut spins = 0;
-        while !self.ended() {
-            match spins {
-                ..SPINS => std::hint::spin_loop(),
-                _ if start.elapsed() < patience => std::thread::sleep(NAP),
-                _ => return false,
-            }
-            spins = spins.saturating_add(1);
-        }
-        true
-    }
-
-    fn ended(&self) -> bool {
-        self.0.iter().all(|key| key.strong_count() == 0)
-    }
-
-    /// For a forked child, where the kernel wiped the keys.
-    pub(crate) fn nothing() -> Self {
-        Self(Vec::new())
-    }
 }

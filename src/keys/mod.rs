@@ -1,10 +1,11 @@
 //! Keys: who wraps them ([`wrapper`], [`wrappers`], [`rewrap`], [`many`], [`calls`], [`patience`]), where the wrapped ones are
 //! kept ([`keystore`], its bytes in [`chain`], its content in [`catalogue`], its files in [`store`]), and where the unwrapped
-//! ones are ([`root`], [`keyring`]).
+//! ones are ([`root`], [`keyring`]), and whether there are any ([`in_memory`]).
 
 pub(crate) mod calls;
 pub(crate) mod catalogue;
 pub(crate) mod chain;
+pub(crate) mod in_memory;
 pub(crate) mod keyring;
 pub(crate) mod keystore;
 pub(crate) mod many;

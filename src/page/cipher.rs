@@ -13,7 +13,7 @@ use crate::error::{PageError, Result};
 use crate::format::derive::Label;
 use crate::format::page::{AAD_LEN, MAX_PAYLOAD, NONCE_LEN, OVERHEAD, PageContext, SALT_LEN, SubkeyName, Trailer};
 use crate::ids::{DatabaseId, Generation};
-use crate::keys::keyring::{Closed, Closing, Current, DataKey, Hold, Keyring, LiveKey, OpenKeys};
+use crate::keys::keyring::{Closed, Current, DataKey, Hold, Keyring, LiveKey, OpenKeys};
 use crate::page::session::{Counter, Leased, MAX_SEALS, MAX_UNITS, Session, units};
 use crate::page::subkeys::{Subkey, SubkeyCache};
 use crate::secret::{Forked, Locked};
@@ -70,8 +70,8 @@ pub(crate) struct CipherInner {
 /// Who may know generations that the keyring does not know yet, because another process made them.
 pub(crate) trait GenerationSource: Send + Sync {
     /// Looks for them; true if the keyring may know this one now. Called for any page that names one, also a forged page:
-    /// the implementor limits how often it really looks. It must not wait for a [`Closing`]: the caller may be in a batch
-    /// that holds the keys.
+    /// the implementor limits how often it really looks. It must not wait for keys to be gone: the caller may be in a batch
+    /// that has them.
     fn look_for(&self, database: DatabaseId, generation: Generation) -> bool;
 }
 
@@ -253,7 +253,7 @@ impl CipherInner {
         if self.session.load().as_ref().map(Arc::as_ptr) != seen.map(Arc::as_ptr) {
             return Ok(None);
         }
-        // Under the lock, which whoever changes the keyring takes afterwards: no session of an older key appears then.
+        // Under the lock, which whoever changes the keyring has: no session of an older key appears then.
         let Current { hold, key } = self.keyring.current()?;
         // Read before the salt is drawn: a resume in between makes this session stale at once.
         let resumes = self.resumes.load(Ordering::Relaxed);
@@ -382,18 +382,17 @@ impl CipherInner {
     }
 }
 
-/// The gate of all handles, and the changes of what is behind it. In each the keyring comes first, and what was made of its
-/// keys afterwards: who still makes something looks at the keyring under the lock that is taken here to remove it.
+/// The gate of all handles, and the changes of what is behind it. The session ends before the keyring changes, and the next
+/// one begins after it. Subkeys go after the keyring changed: who still makes one looks at the keyring under the lock that is
+/// taken here to remove it.
 impl CipherInner {
     /// Refuses every new operation of every handle, and lets go of all keys. When this returns, no operation that begins
-    /// succeeds; those in flight end whole, and [`Closing::wait`] waits for them.
-    pub(crate) fn close(&self, why: Closed) -> Closing {
-        if self.check_fork().is_err() {
-            return Closing::nothing();
+    /// succeeds; those in flight end whole, and keep the keys in memory until they have.
+    pub(crate) fn close(&self, why: Closed) {
+        if self.check_fork().is_ok() {
+            self.change_keys(|_| true, |keyring| keyring.close(why));
+            self.forget_subkeys();
         }
-        let closing = self.keyring.close(why);
-        self.follow_keyring();
-        closing
     }
 
     /// Opens the gate for the same handles, with all data keys in ascending order of generation; `hold` is kept as long as
@@ -404,9 +403,9 @@ impl CipherInner {
     /// [`ErrorKind::Forked`].
     pub(crate) fn open_with(&self, keys: Vec<DataKey>, hold: Option<Hold>) -> Result<()> {
         self.check_fork()?;
-        self.keyring.open_with(keys, hold)?;
-        self.follow_keyring();
-        Ok(())
+        let opened = self.change_keys(|_| true, |keyring| keyring.open_with(keys, hold));
+        self.forget_subkeys();
+        opened
     }
 
     /// Takes over the generations that there are now, as other processes made and destroyed them. Those that stay keep
@@ -416,9 +415,10 @@ impl CipherInner {
     /// As [`CipherInner::open_with`]; [`ErrorKind::Closed`] while the gate is closed.
     pub(crate) fn follow(&self, current: &[Generation], new: Vec<DataKey>, hold: Option<Hold>) -> Result<()> {
         self.check_fork()?;
-        self.keyring.follow(current, new, hold)?;
-        self.follow_keyring();
-        Ok(())
+        let newer = |newest| current.last().is_some_and(|&last| last > newest);
+        let followed = self.change_keys(newer, |keyring| keyring.follow(current, new, hold));
+        self.forget_subkeys();
+        followed
     }
 
     /// Rotates: seals that begin after this returned use `key`. What the older generation holds goes when the last seal
@@ -429,39 +429,33 @@ impl CipherInner {
     /// gate is closed; [`ErrorKind::Forked`].
     pub(crate) fn add_generation(&self, key: DataKey, hold: Option<Hold>) -> Result<()> {
         self.check_fork()?;
-        self.keyring.add(key, hold)?;
-        self.end_session_of_another_key();
-        Ok(())
+        self.change_keys(|_| true, |keyring| keyring.add(key, hold))
     }
 
     /// Lets go of an older generation's key; pages that name it do not open any more.
     ///
     /// # Errors
     /// [`ErrorKind::Invalid`] for the newest; else as [`CipherInner::add_generation`].
-    pub(crate) fn forget_generation(&self, generation: Generation) -> Result<Closing> {
+    pub(crate) fn forget_generation(&self, generation: Generation) -> Result<()> {
         self.check_fork()?;
-        let closing = self.keyring.remove(generation)?;
-        self.follow_keyring();
-        Ok(closing)
+        self.change_keys(|_| false, |keyring| keyring.remove(generation))?;
+        self.forget_subkeys();
+        Ok(())
     }
 
-    /// Lets go of what was made of keys that have left the keyring.
-    fn follow_keyring(&self) {
-        self.end_session_of_another_key();
-        self.subkeys.forget_if(self.keyring.owner, |subkey| !self.keyring.holds(&subkey.parent));
-    }
-
-    /// Ends the session, unless it is one of the key that new seals use.
-    fn end_session_of_another_key(&self) {
+    /// Changes the keyring; unless the newest key stays what it is, while there is no session. So whoever has seen the new
+    /// newest generation, and noted it, seals under nothing older.
+    fn change_keys<R>(&self, ends_session: impl FnOnce(Generation) -> bool, change: impl FnOnce(&Keyring) -> R) -> R {
         // Dropped after the lock: with it may go the last of a hold.
-        let _ended = {
-            let _opening = self.opening.lock().unwrap_or_else(PoisonError::into_inner);
-            let current = self.keyring.current().ok();
-            match (&*self.session.load(), current) {
-                (Some(session), Some(current)) if Arc::ptr_eq(&session.subkey.parent, &current.key) => None,
-                _ => self.session.swap(None),
-            }
-        };
+        let _ended;
+        let _opening = self.opening.lock().unwrap_or_else(PoisonError::into_inner);
+        _ended = if ends_session(self.keyring.newest()) { self.session.swap(None) } else { None };
+        change(&self.keyring)
+    }
+
+    /// Lets go of the subkeys of keys that have left the keyring.
+    fn forget_subkeys(&self) {
+        self.subkeys.forget_if(self.keyring.owner, |subkey| !self.keyring.holds(&subkey.parent));
     }
 }
 
@@ -528,6 +522,7 @@ mod tests {
     use super::*;
     use crate::format::page::Suite;
     use crate::ids::{FileId, SealId};
+    use crate::keys::in_memory::KeysInMemory;
     use crate::secret::SecretKey;
     use std::sync::OnceLock;
     use std::sync::atomic::AtomicBool;
@@ -557,7 +552,15 @@ mod tests {
     }
 
     fn cipher(hold: Option<Hold>, source: Option<Weak<dyn GenerationSource>>) -> PageCipher {
-        let keyring = Keyring::new(DatabaseId::from_bytes([0xdb; 16]), data_keys(1..=1), hold).unwrap();
+        counted_cipher(hold, source, &KeysInMemory::default())
+    }
+
+    fn counted_cipher(
+        hold: Option<Hold>,
+        source: Option<Weak<dyn GenerationSource>>,
+        in_memory: &KeysInMemory,
+    ) -> PageCipher {
+        let keyring = Keyring::new(DatabaseId::from_bytes([0xdb; 16]), data_keys(1..=1), hold, in_memory).unwrap();
         let subkeys = Arc::new(SubkeyCache::new(64));
         PageCipher::new(keyring, AesBackend::Ring, subkeys, Arc::default(), Env::system(), source)
     }
@@ -595,10 +598,11 @@ mod tests {
     fn closing_waits_for_a_seal_in_flight_which_ends_whole_under_what_was_held() {
         let held: Hold = Arc::new(());
         let holding = Arc::downgrade(&held);
-        let cipher = cipher(Some(held), None);
+        let keys = KeysInMemory::default();
+        let cipher = counted_cipher(Some(held), None, &keys);
         let (session, leased) = cipher.0.lease(1, 1).unwrap();
-        let closing = cipher.0.close(Closed::Disabled);
-        assert!(!closing.wait(Duration::from_millis(5)), "keys are wiped under a seal in flight");
+        cipher.0.close(Closed::Disabled);
+        assert!(!keys.wait(Duration::from_millis(5), || false), "keys are wiped under a seal in flight");
         assert!(holding.strong_count() > 0, "the lock went before the seal");
         let nonces = leased.draw(cipher.0.entropy()).unwrap();
         let mut page = vec![7; 64 + OVERHEAD];
@@ -606,7 +610,7 @@ mod tests {
         let subkey = &session_of(&session).unwrap().subkey;
         trailer.copy_from_slice(&seal_page(subkey, nonces.nonce(0), &at(1).associated_data(), payload).unwrap().0);
         drop(session);
-        assert!(closing.wait(PATIENCE));
+        assert!(keys.wait(PATIENCE, || false));
         assert_eq!(holding.strong_count(), 0);
         assert_eq!(open(&cipher, &page), Err(PageError::Disabled));
         cipher.0.open_with(data_keys(1..=1), None).unwrap();
@@ -615,22 +619,24 @@ mod tests {
 
     #[test]
     fn a_call_that_was_let_in_opens_pages_after_the_closing_and_leaves_no_subkey() {
-        let cipher = cipher(None, None);
+        let in_memory = KeysInMemory::default();
+        let cipher = counted_cipher(None, None, &in_memory);
         let page = seal(&cipher).unwrap();
         let keys = cipher.0.enter().unwrap();
-        let closing = cipher.0.close(Closed::Disabled);
+        cipher.0.close(Closed::Disabled);
         let (mut payload, trailer) = (page[..64].to_vec(), Trailer(*page.last_chunk().unwrap()));
         assert_eq!(cipher.0.open_within(Some(&keys), &at(1), &mut payload, &trailer), Ok(()));
         assert_eq!(payload, [7; 64]);
         assert_eq!(cipher.0.subkeys.len(), 0, "a subkey outlives the closing");
-        assert!(!closing.wait(Duration::ZERO));
+        assert!(!in_memory.is_empty());
         drop(keys);
-        assert!(closing.wait(PATIENCE));
+        assert!(in_memory.wait(PATIENCE, || false));
     }
 
     #[test]
     fn a_page_that_is_opened_while_the_gate_closes_leaves_no_subkey() {
-        let cipher = cipher(None, None);
+        let keys = KeysInMemory::default();
+        let cipher = counted_cipher(None, None, &keys);
         let page = seal(&cipher).unwrap();
         let trailer = Trailer(*page.last_chunk().unwrap());
         let name = trailer.subkey_name();
@@ -653,7 +659,8 @@ mod tests {
             let kept = inner.subkeys.find_or_make(owner, &name, || Ok(subkey), may_keep, |_| Ok(()));
             assert_eq!(kept, Ok(()));
             drop(data_key);
-            assert!(closer.unwrap().join().unwrap().wait(PATIENCE), "a subkey was cached after the gate was closed");
+            closer.unwrap().join().unwrap();
+            assert!(keys.wait(PATIENCE, || false), "a subkey was cached after the gate was closed");
         });
         assert_eq!(cipher.0.subkeys.len(), 0);
     }
@@ -671,6 +678,33 @@ mod tests {
         assert_eq!(holding.strong_count(), 0, "the older generation's lock is kept without need");
         assert!(cipher.0.add_generation(data_key(2), None).is_err());
         assert!(cipher.0.forget_generation(generation(2)).is_err());
+    }
+
+    #[test]
+    fn once_a_newer_generation_is_seen_nothing_is_sealed_under_an_older_one() {
+        type Change = fn(&CipherInner);
+        let changes: [Change; 3] = [
+            |inner| inner.add_generation(data_key(2), None).unwrap(),
+            |inner| inner.follow(&generations(1..=2), data_keys(2..=2), None).unwrap(),
+            |inner| inner.open_with(data_keys(1..=2), None).unwrap(),
+        ];
+        for (which, change) in changes.into_iter().enumerate() {
+            let cipher = cipher(None, None);
+            seal(&cipher).unwrap();
+            std::thread::scope(|scope| {
+                // As long as the lock is held, nobody ends the session.
+                let opening = cipher.0.opening.lock().unwrap();
+                let changing = scope.spawn(|| change(&cipher.0));
+                for _ in 0..50 {
+                    std::thread::sleep(Duration::from_millis(1));
+                    let seen = cipher.generation().get();
+                    assert!(generation_of(&seal(&cipher).unwrap()) >= seen, "change {which}: noted {seen}, sealed under less");
+                }
+                drop(opening);
+                changing.join().unwrap();
+            });
+            assert_eq!(generation_of(&seal(&cipher).unwrap()), 2, "change {which}");
+        }
     }
 
     #[test]
@@ -693,14 +727,14 @@ mod tests {
     #[test]
     fn a_closed_gate_refuses_changes_and_a_dropped_database_stays_dropped() {
         let cipher = cipher(None, None);
-        assert!(cipher.0.close(Closed::Disabled).wait(PATIENCE));
+        cipher.0.close(Closed::Disabled);
         let kind = |outcome: Result<(), crate::Error>| outcome.unwrap_err().kind();
         assert_eq!(kind(cipher.0.follow(&generations(1..=2), data_keys(2..=2), None)), ErrorKind::Closed);
         assert_eq!(kind(cipher.0.add_generation(data_key(2), None)), ErrorKind::Closed);
-        assert_eq!(kind(cipher.0.forget_generation(generation(1)).map(drop)), ErrorKind::Closed);
+        assert_eq!(kind(cipher.0.forget_generation(generation(1))), ErrorKind::Closed);
         assert_eq!(cipher.generation(), generation(1));
-        assert!(cipher.0.close(Closed::Dropped).wait(PATIENCE));
-        assert!(cipher.0.close(Closed::Disabled).wait(PATIENCE));
+        cipher.0.close(Closed::Dropped);
+        cipher.0.close(Closed::Disabled);
         assert_eq!(seal(&cipher), Err(PageError::Dropped));
         assert_eq!(kind(cipher.0.open_with(data_keys(1..=1), None)), ErrorKind::NotFound);
         assert_eq!(seal(&cipher), Err(PageError::Dropped));

@@ -30,9 +30,7 @@ const _: () = assert!(MAX_UNITS <= u32::MAX as u64);
 const _: () = assert!(MAX_SEALS <= u32::MAX as u64);
 
 pub(crate) struct Session {
-    /// What must not be given up while anybody seals here. Declared before the subkey: see [`Closing`].
-    ///
-    /// [`Closing`]: crate::keys::keyring::Closing
+    /// What must not be given up while anybody seals here. Declared before the subkey, so that it is gone when the keys are.
     #[allow(dead_code)] // only kept
     pub(crate) hold: Option<Hold>,
     pub(crate) subkey: Arc<Subkey>,

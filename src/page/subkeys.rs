@@ -200,6 +200,7 @@ mod tests {
     use crate::aead::AesBackend;
     use crate::format::page::Suite;
     use crate::ids::{Generation, SealId};
+    use crate::keys::in_memory::KeysInMemory;
     use crate::keys::keyring::DataKey;
     use crate::secret::SecretKey;
 
@@ -208,7 +209,8 @@ mod tests {
         let name = SubkeyName::new(&salt, Generation::FIRST, Suite::Aes256Gcm);
         let data_key = SecretKey::fill_with(|_| Ok::<(), PageError>(())).unwrap();
         let (suite, seal) = (Suite::Aes256Gcm, SealId::from_bytes([0; 16]));
-        let parent = LiveKey::new(DataKey { generation: Generation::FIRST, suite, seal, key: data_key });
+        let parent = DataKey { generation: Generation::FIRST, suite, seal, key: data_key };
+        let parent = LiveKey::new(parent, KeysInMemory::default().mark());
         Arc::new(Subkey { owner, name, salt, key, parent })
     }
 

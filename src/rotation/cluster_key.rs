@@ -40,6 +40,7 @@ impl ClusterInner {
 
     pub(crate) fn replace_cluster_key(&self) -> Result<()> {
         let _moving = self.moving.lock().unwrap_or_else(PoisonError::into_inner);
+        let _in_flight = self.enter()?;
         let old = self.look(|keystore, _| Ok(keystore.cluster_record().clone()))?;
         let (record, new) = self.make_cluster_key(&old)?;
         self.change(|keystore, root| {

@@ -49,6 +49,7 @@ impl Cluster {
 impl ClusterInner {
     fn set_hierarchy(&self, to: Hierarchy, progress: &dyn Fn(Progress)) -> Result<()> {
         let _moving = self.moving.lock().unwrap_or_else(PoisonError::into_inner);
+        let _in_flight = self.enter()?;
         for _ in 0..ROUNDS {
             if self.look(|keystore, _| Ok(keystore.hierarchy()))? == to {
                 return Ok(());

@@ -20,6 +20,7 @@ impl ClusterInner {
     /// Wraps what lacks a wrapping, a part of it in each call. Returns how many were repaired, and how many still lack one.
     pub(crate) fn repair_wrappings(&self) -> Result<(usize, usize)> {
         let _moving = self.moving.lock().unwrap_or_else(PoisonError::into_inner);
+        let _in_flight = self.enter()?;
         let wrappers = self.wrappers();
         let lacking = self.look(|keystore, _| Ok(Lacking::find(keystore, &wrappers)))?;
         let total = lacking.len();

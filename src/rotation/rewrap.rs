@@ -52,6 +52,7 @@ impl Cluster {
         check_providers(&wrappers)?;
         self.0.check_fork()?;
         // Read anew: the keystore in memory is as it was when the cluster was disabled.
+        let _in_memory = self.0.in_memory.mark();
         self.0.unwrap_closed(&wrappers)?;
         self.0.set_wrappers(wrappers);
         Ok(())
@@ -73,6 +74,7 @@ struct Own {
 impl ClusterInner {
     fn rewrap(&self, to: Wrappers, progress: &dyn Fn(Progress)) -> Result<()> {
         let _moving = self.moving.lock().unwrap_or_else(PoisonError::into_inner);
+        let _in_flight = self.enter()?;
         // Without a valid key nothing is changed, whatever `to` could do.
         self.look(|_, _| Ok(()))?;
         self.check_master_key()?;

@@ -32,6 +32,7 @@ impl Database {
     /// `None` if another process was faster.
     fn try_rotate(&self) -> Result<Option<Generation>> {
         let (cluster, id) = (self.cluster(), self.id());
+        let _in_flight = cluster.enter()?;
         let last = cluster.look(|keystore, _| {
             let last = keystore.catalogue().generations(id).next_back().cloned();
             last.ok_or_else(|| Error::new(ErrorKind::NotFound, format!("database {id} was dropped")))

@@ -1,16 +1,17 @@
 //! Databases that no keystore knows, over data keys of the test's choice: two ciphers over one key, one cipher over several
 //! generations, a stock cipher over the same key.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::aead::{self, AesBackend};
 use crate::env::{Entropy, Env};
 use crate::error::Result;
 use crate::format::page::Suite;
 use crate::ids::{DatabaseId, Generation, SealId};
-use crate::keys::keyring::{Closed, DataKey, Keyring};
+use crate::keys::in_memory::KeysInMemory;
+use crate::keys::keyring::{Closed, DataKey, Keyring, LiveKey};
 use crate::page::cipher::PageCipher;
 use crate::page::subkeys::SubkeyCache;
 use crate::secret::SecretKey;
@@ -56,7 +57,7 @@ impl StrayDatabase {
     ) -> Result<Self> {
         let mut env = Env::system();
         env.entropy = entropy.unwrap_or(env.entropy);
-        let keyring = Keyring::new(DatabaseId::from_bytes(env.random()?), data_keys(keys)?, None)?;
+        let keyring = Keyring::new(DatabaseId::from_bytes(env.random()?), data_keys(keys)?, None, &KeysInMemory::default())?;
         let (subkeys, resumes) = (Arc::new(SubkeyCache::new(subkeys)), Arc::default());
         let cipher = PageCipher::new(keyring, backend, subkeys, Arc::clone(&resumes), env, None);
         Ok(Self { cipher, resumes })
@@ -84,8 +85,28 @@ fn data_key(stray: &StrayKey) -> Result<DataKey> {
 /// Closes the gate of all handles of this cipher's database, as disabling its cluster does, or dropping the database;
 /// whether all operations in flight ended and all keys were wiped within ten seconds.
 pub fn close_gate(cipher: &PageCipher, dropped: bool) -> bool {
-    let why = if dropped { Closed::Dropped } else { Closed::Disabled };
-    cipher.0.close(why).wait(Duration::from_secs(10))
+    let keys = live_keys(cipher);
+    cipher.0.close(if dropped { Closed::Dropped } else { Closed::Disabled });
+    are_wiped(&keys)
+}
+
+fn live_keys(cipher: &PageCipher) -> Vec<Weak<LiveKey>> {
+    cipher.0.enter().map(|open| open.live_keys()).unwrap_or_default()
+}
+
+fn still_held(cipher: &PageCipher, key: &Weak<LiveKey>) -> bool {
+    live_keys(cipher).iter().any(|held| held.ptr_eq(key))
+}
+
+fn are_wiped(keys: &[Weak<LiveKey>]) -> bool {
+    let start = Instant::now();
+    while keys.iter().any(|key| key.strong_count() > 0) {
+        if start.elapsed() > Duration::from_secs(10) {
+            return false;
+        }
+        std::thread::yield_now();
+    }
+    true
 }
 
 /// Opens it again, as recovering does, with `keys` in ascending order of generation.
@@ -109,5 +130,8 @@ pub fn add_generation(cipher: &PageCipher, key: &StrayKey) -> Result<()> {
 /// # Errors
 /// [`crate::ErrorKind::Invalid`] for the newest; [`crate::ErrorKind::Closed`] while the gate is closed.
 pub fn forget_generation(cipher: &PageCipher, generation: Generation) -> Result<bool> {
-    Ok(cipher.0.forget_generation(generation)?.wait(Duration::from_secs(10)))
+    let keys = live_keys(cipher);
+    cipher.0.forget_generation(generation)?;
+    let gone: Vec<_> = keys.into_iter().filter(|key| !still_held(cipher, key)).collect();
+    Ok(!gone.is_empty() && are_wiped(&gone))
 }

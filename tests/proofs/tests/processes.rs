@@ -706,7 +706,12 @@ fn in_random_schedules_every_process_sees_and_opens_all_that_any_was_promised() 
     run_schedules(30, Kind::Handles, &disk.join("handles"), &mut tally);
     run_schedules(24, Kind::Children, &disk.join("children"), &mut tally);
     let mut broken = Tally::default();
-    run_schedules(20, Kind::WithoutLocks, &memory, &mut broken);
+    // About one in ten of them shows it.
+    for _ in 0..50 {
+        if broken.violations == 0 {
+            run_schedules(10, Kind::WithoutLocks, &memory, &mut broken);
+        }
+    }
     let _ = fs::remove_dir_all(&memory);
     let control = u8::from(broken.violations > 0);
     let Tally { schedules, operations, kills, pages, violations, .. } = tally;
