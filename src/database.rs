@@ -7,7 +7,6 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::keystore::{KeyUse, Operation, OwnerId, OwnerKind, SealedName};
 use crate::ids::{DatabaseId, FileId, Generation};
 use crate::keys::names::check_name;
-use crate::keys::store::Durability;
 use crate::page::cipher::{CipherInner, PageCipher};
 use crate::storage::page_file::{PageFile, PageFileOptions};
 use crate::storage::place::{History, Place};
@@ -82,7 +81,7 @@ impl Database {
         if let Some(noted) = noted {
             return Ok(noted <= oldest);
         }
-        cluster.append(Durability::Both, |keystore, _| {
+        cluster.append(|keystore, _| {
             let key_use = KeyUse { kind: OwnerKind::External, owner: EXTERNAL, database, oldest, name: None };
             Ok(match external(keystore.catalogue().key_uses(database)) {
                 Some(noted) => (Vec::new(), noted <= oldest),
@@ -130,9 +129,7 @@ impl Database {
         let cluster = &self.0.cluster;
         cluster.follow_one(self.id(), self.cipher_inner())?;
         // What is taken is given back when the change is durable: nobody begins to seal under it in between, nor afterwards.
-        cluster.append(Durability::One, |keystore, _| {
-            Ok((vec![raise], cluster.take_older(keystore, self.id(), below)?))
-        })?;
+        cluster.append(|keystore, _| Ok((vec![raise], cluster.take_older(keystore, self.id(), below)?)))?;
         Ok(())
     }
 
@@ -158,7 +155,7 @@ impl Database {
         })?;
         let file = FileId::new(u64::from_le_bytes(env.random()?));
         let register = |oldest| {
-            inner.cluster.append(Durability::Both, |keystore, root| {
+            inner.cluster.append(|keystore, root| {
                 let lookup = root.names.look_up(&scope, name)?;
                 if keystore.catalogue().find_key_use(inner.id, OwnerKind::PageFile, &lookup).is_some() {
                     return Err(exists());
@@ -204,7 +201,7 @@ impl Database {
         let path = place.remove()?;
         let release = Operation::KeyUseRelease { kind: OwnerKind::PageFile, owner, database: inner.id };
         // The file goes first: without it the note does no harm, without the note the file would be nobody's.
-        inner.cluster.append(Durability::One, |_, _| Ok((vec![release], ()))).map_err(|error| {
+        inner.cluster.append(|_, _| Ok((vec![release], ()))).map_err(|error| {
             Error::with_source(error.kind(), format!("{} is removed, but still noted: {error}", path.display()), error)
         })
     }

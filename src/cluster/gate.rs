@@ -3,8 +3,9 @@
 //! There is no check of its own on the page path. To close the gate is to take the keys away: whoever has begun still has
 //! them and ends whole, everybody else finds none.
 
-use std::fs::{self, File};
-use std::io::Read;
+use std::fs::{self, OpenOptions};
+use std::io::{Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::sync::{Arc, MutexGuard, PoisonError};
 
 use crate::cluster::Cluster;
@@ -168,16 +169,24 @@ impl ClusterInner {
         let Ok(bits) = self.env().random::<8>() else { return };
         let text: String = bits.iter().map(|byte| format!("{byte:02x}")).collect();
         let beside = self.directory.join(format!("{HINT_FILE}.tmp"));
-        let _ = fs::write(&beside, text).and_then(|()| fs::rename(&beside, self.directory.join(HINT_FILE)));
+        let write = || {
+            // What lies there is not written through: it may be a link to something else.
+            let _ = fs::remove_file(&beside);
+            let mut new = OpenOptions::new();
+            new.write(true).create_new(true).mode(0o600).open(&beside)?.write_all(text.as_bytes())?;
+            fs::rename(&beside, self.directory.join(HINT_FILE))
+        };
+        let _ = write();
     }
 
     /// What the hint says now; it only matters whether it is another one than before.
     pub(super) fn hint(&self) -> Option<Vec<u8>> {
-        let path = self.directory.join(HINT_FILE);
-        // Anybody may have put anything there: nothing is read that may block, or be long.
-        let plain = fs::symlink_metadata(&path).is_ok_and(|found| found.is_file() && found.len() <= HINT_LEN as u64);
+        // Anybody may have put anything there: nothing is read that may block, be long, or lie elsewhere.
+        let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+        let file = OpenOptions::new().read(true).custom_flags(flags).open(self.directory.join(HINT_FILE)).ok()?;
+        let plain = file.metadata().is_ok_and(|found| found.is_file() && found.len() <= HINT_LEN as u64);
         let mut hint = Vec::new();
-        (plain && File::open(path).ok()?.take(HINT_LEN as u64).read_to_end(&mut hint).is_ok()).then_some(hint)
+        (plain && file.take(HINT_LEN as u64).read_to_end(&mut hint).is_ok()).then_some(hint)
     }
 }
 

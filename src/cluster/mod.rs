@@ -26,7 +26,7 @@ use crate::keys::keystore::{Keystore, UnverifiedKeystore};
 use crate::keys::names::{CLUSTER_SCOPE, check_name};
 use crate::keys::payload;
 use crate::keys::root::{CLUSTER_KEY_PROVIDER, RootKeys};
-use crate::keys::store::{Durability, FILE_NAMES, FileStore};
+use crate::keys::store::{FILE_NAMES, FileStore};
 use crate::keys::wrappers::Wrappers;
 use crate::secret::KeyPayload;
 use crate::storage::disk::make_directories;
@@ -45,7 +45,8 @@ const LOCK_FILE: &str = "lock";
 /// The databases of one directory: their keystore, and the master keys that wrap their data keys.
 ///
 /// A handle: cloning it is cheap. Key services are called when a cluster or database is created or opened, when keys are
-/// rotated, rewrapped or repaired, and by [`Cluster::check_master_key`]; never to seal or open a page.
+/// rotated, rewrapped or repaired, and by [`Cluster::check_master_key`]; never to seal a page, and to open one only under
+/// [`Hierarchy::Direct`](crate::Hierarchy::Direct), if it names a generation that another process has just made.
 ///
 /// Several processes may have a cluster open. Each change of the keystore is made under a lock, after what the others changed
 /// was taken over; a rotation, a drop or a new database is seen by the others within about a second. A page file has one
@@ -89,7 +90,7 @@ impl Cluster {
                 format!("there is a keystore in {} already; open it, or choose another directory", directory.display());
             return Err(Error::new(ErrorKind::AlreadyExists, message));
         }
-        let locks = lock_file(directory)?;
+        let locks = joined(directory)?;
         let store = Arc::new(FileStore::new(Arc::clone(&options.disk), directory, Arc::clone(&locks)));
         let env = &options.env;
         let identity = payload::random_key(env)?;
@@ -127,11 +128,12 @@ impl Cluster {
                 format!("there is no keystore in {}; check the directory, or create the cluster", directory.display());
             return Err(Error::new(ErrorKind::NotFound, message));
         }
-        let locks = lock_file(directory)?;
+        let locks = joined(directory)?;
         let store = Arc::new(FileStore::new(Arc::clone(&options.disk), directory, Arc::clone(&locks)));
         let mut unverified = read_keystore(&store, &locks)?;
         check_expected(&mut unverified, directory, &options, &wrappers)?;
-        let (mut root, record) = unwrap_any_root(&wrappers, unverified.headers(), |header| root_request(&options, header))?;
+        let (mut root, record) =
+            unwrap_any_root(&wrappers, unverified.headers(), |header| root_request(&options, header))?;
         let keystore = unverified.verify(&root.mac)?;
         if *keystore.cluster_record() != record {
             // The other copy's record was opened, but this one counts: who cannot open it cannot open its data keys either.
@@ -194,7 +196,7 @@ impl Cluster {
             // No lock is held while the key service is called.
             let record = inner.wrap_data_key(&key, id)?;
             let hold = inner.locks.hold(id, key.generation)? as Hold;
-            let persisted = inner.append(Durability::Both, |keystore, root| {
+            let persisted = inner.append(|keystore, root| {
                 let look_up = root.names.look_up(&CLUSTER_SCOPE, name)?;
                 if keystore.catalogue().find_database(&look_up).is_some() {
                     return Err(exists());
@@ -252,7 +254,7 @@ impl Cluster {
     pub fn rename_database(&self, from: &str, to: &str) -> Result<()> {
         check_name("database", to)?;
         let inner = &self.0;
-        inner.append(Durability::One, |keystore, root| {
+        inner.append(|keystore, root| {
             let database = keystore.catalogue().find_database(&root.names.look_up(&CLUSTER_SCOPE, from)?);
             let database = database
                 .ok_or_else(|| Error::new(ErrorKind::NotFound, format!("there is no database named {from:?}")))?;
@@ -383,6 +385,14 @@ pub(crate) fn check_providers(wrappers: &Wrappers) -> Result<()> {
 
 fn make_cluster_directory(directory: &Path) -> Result<()> {
     make_directories(directory).map_err(|error| Error::io(format!("creating {}", directory.display()), error))
+}
+
+/// The lock file of somebody who has the cluster open.
+fn joined(directory: &Path) -> Result<Arc<LockFile>> {
+    let locks = lock_file(directory)?;
+    // Before the keystore is read: from here on nobody puts an older one in its place.
+    locks.join(PATIENCE)?;
+    Ok(locks)
 }
 
 fn lock_file(directory: &Path) -> Result<Arc<LockFile>> {

@@ -357,7 +357,6 @@ impl ClusterInner {
             _ => Ok(false),
         }
     }
-
 }
 
 impl GenerationSource for ClusterInner {

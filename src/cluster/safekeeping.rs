@@ -40,7 +40,7 @@ impl Cluster {
     ///
     /// # Errors
     /// [`ErrorKind::AlreadyExists`] if the keystore that is there can be verified and is not older: nothing is lost, open it;
-    /// [`ErrorKind::NotFound`] without a file at `path`; else as [`Cluster::open`].
+    /// [`ErrorKind::InUse`] while anybody has the cluster open (a forked child counts until it ends); [`ErrorKind::NotFound`] without a file at `path`; else as [`Cluster::open`].
     pub fn import(directory: &Path, path: &Path, options: ClusterOptions, wrappers: Wrappers) -> Result<Self> {
         check_suite(options.suite)?;
         check_providers(&wrappers)?;
@@ -61,19 +61,28 @@ impl Cluster {
         {
             let _change = locks.change(PATIENCE)?;
             refuse_if_newer_is_there(&store, &root, &keystore)?;
+            // Whoever has the cluster open may have keys that the exported keystore lacks, and would go on sealing under them.
+            if !locks.try_be_alone()? {
+                let message = format!(
+                    "{} is open, here or in another process; close it everywhere before a keystore is imported",
+                    directory.display()
+                );
+                return Err(Error::new(ErrorKind::InUse, message));
+            }
             keystore.install(&root.mac)?;
         }
+        locks.join(PATIENCE)?;
         Self::assemble(directory, options, wrappers, locks, store, keystore, root)
     }
 }
 
 impl ClusterInner {
-    /// The whole keystore. If both copies were lost or damaged while it was open, as it was before: that may be the way to
-    /// get it back.
+    /// The whole keystore. If both copies were lost or damaged while it was open, or an older one put in their place, as it
+    /// was before: that may be the way to get it back.
     fn export(&self) -> Result<Vec<u8>> {
-        use ErrorKind::{Authentication, Damaged, NotFound};
+        use ErrorKind::{Authentication, Damaged, KeystoreStale, NotFound};
         match self.look(|keystore, root| keystore.export(&root.mac)) {
-            Err(error) if matches!(error.kind(), NotFound | Damaged | Authentication) => {
+            Err(error) if matches!(error.kind(), NotFound | Damaged | Authentication | KeystoreStale) => {
                 let root = self.root()?;
                 self.keystore().export(&root.mac)
             }

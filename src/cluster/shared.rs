@@ -25,7 +25,7 @@ use crate::keys::calls::WrapRequest;
 use crate::keys::in_memory::{InMemory, KeysInMemory, Live};
 use crate::keys::keystore::{Keystore, UnverifiedKeystore};
 use crate::keys::root::RootKeys;
-use crate::keys::store::{Durability, FileStore};
+use crate::keys::store::FileStore;
 use crate::keys::wrappers::Wrappers;
 use crate::page::cipher::CipherInner;
 use crate::page::subkeys::SubkeyCache;
@@ -60,7 +60,7 @@ pub(crate) struct ClusterInner {
     /// Held while keys are moved to others.
     pub(crate) moving: Mutex<()>,
     keystore: Mutex<Keystore>,
-    /// The keystore's last change, for those who note it without taking the keystore's mutex.
+    /// The keystore's last change in both copies, for those who note it without taking the keystore's mutex.
     position: Mutex<Seen>,
     /// The keystore's, for those who must not wait for its mutex.
     clustered: AtomicBool,
@@ -243,12 +243,11 @@ impl ClusterInner {
     /// As [`ClusterInner::change`].
     pub(crate) fn append<R>(
         &self,
-        durability: Durability,
         build: impl FnOnce(&Keystore, &RootKeys) -> Result<(Vec<Operation>, R)>,
     ) -> Result<R> {
         self.change(|keystore, root| {
             let (operations, built) = build(keystore, root)?;
-            keystore.append(&root.mac, operations, durability)?;
+            keystore.append(&root.mac, operations)?;
             if keystore.is_wasteful() {
                 // The change is durable: what was asked for is done, whether this comes off or not.
                 let _ = keystore.rewrite(&root.mac, Vec::new(), None);
@@ -348,7 +347,7 @@ impl History for ClusterInner {
 }
 
 fn position_of(keystore: &Keystore) -> Seen {
-    let (sequence, tag) = keystore.position();
+    let (sequence, tag) = keystore.durable_position();
     Seen { sequence, tag }
 }
 

@@ -157,6 +157,16 @@ impl Catalogue {
         self.key_uses.map.get(&(database, kind, *owner))
     }
 
+    /// Whether this can be what `before` was changed to. No database loses its newest key, no key becomes another one, and
+    /// none that was destroyed comes back, unless the whole database goes.
+    pub(crate) fn may_have_become_of(&self, before: &Self) -> bool {
+        before.records().filter(|old| self.has_database(old.database)).all(|old| {
+            self.generation(old.database, old.generation).is_some_and(|new| {
+                new.seal == old.seal && (old.state != KeyState::Destroyed || new.state == KeyState::Destroyed)
+            })
+        })
+    }
+
     /// How many databases, keys and users of keys there are.
     pub(crate) fn len(&self) -> usize {
         self.databases.map.len() + self.generations.map.len() + self.key_uses.map.len()

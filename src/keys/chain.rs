@@ -17,6 +17,7 @@ use crate::format::keystore::{HEADER_MAC_LEN, Header, MAX_HEADER_LEN, Operation,
 use crate::format::page::{NONCE_LEN, TAG_LEN};
 use crate::format::reader::{Malformed, Reader};
 use crate::keys::catalogue::Catalogue;
+use crate::keys::store::Durability;
 
 /// The longest keystore: about a million databases. Read before anything is authenticated, so it is bounded.
 pub(crate) const MAX_FILE_LEN: usize = 1 << 30;
@@ -33,6 +34,18 @@ pub(crate) struct Tip {
     pub(crate) end: usize,
     pub(crate) seq: u64,
     pub(crate) tag: Tag,
+    /// The last change that is sure to be durable in both copies: no later one may be.
+    pub(crate) in_both: u64,
+}
+
+impl Tip {
+    /// The tip after a change of this durability.
+    fn then(&self, next: Self, durability: Durability) -> Self {
+        match durability {
+            Durability::Both => next,
+            Durability::One => Self { in_both: self.in_both, ..next },
+        }
+    }
 }
 
 /// The MACs of one keystore file. Header, heads and bodies cannot be taken for each other: what is covered begins with
@@ -103,7 +116,8 @@ pub(crate) fn seal_group(
 ) -> Result<(Vec<u8>, Tip), Malformed> {
     let mut body = Vec::new();
     operations.iter().try_for_each(|operation| operation.encode(&mut body))?;
-    seal_body(hmac, header, tip, &body)
+    let (group, next) = seal_body(hmac, header, tip, &body)?;
+    Ok((group, tip.then(next, Durability::of(operations))))
 }
 
 /// As [`seal_group`], for a body that is encoded already.
@@ -114,7 +128,7 @@ pub(crate) fn seal_body(hmac: &Hmac<'_>, header: &Header, tip: &Tip, body: &[u8]
     let seq = tip.seq.checked_add(1).filter(|_| end <= MAX_FILE_LEN);
     let seq = seq.ok_or(Malformed("it would grow beyond 1 GiB; split the cluster"))?;
     let (group, tag) = Mac::new(hmac, header).seal_group(seq, &tip.tag, length, body);
-    Ok((group, Tip { end, seq, tag }))
+    Ok((group, Tip { end, seq, tag, in_both: seq }))
 }
 
 /// A keystore file written whole.
@@ -136,7 +150,7 @@ pub(crate) fn write_whole(
     let covered = bytes.len() - HEADER_MAC_LEN;
     let mac = hmac.sign(&[&bytes[..covered]]);
     bytes[covered..].copy_from_slice(&mac);
-    let mut tip = Tip { end: bytes.len(), seq: header.sequence, tag: first_bytes(&mac) };
+    let mut tip = Tip { end: bytes.len(), seq: header.sequence, tag: first_bytes(&mac), in_both: header.sequence };
     for body in bodies {
         let (group, next) = seal_body(hmac, &header, &tip, &body)?;
         bytes.extend(group);
@@ -397,8 +411,9 @@ fn follow(hmac: &Hmac<'_>, header: &Header, copies: [Option<&[u8]>; 2]) -> Resul
     let header_len = Header::decode(file).map_err(|refused| Fault::new(0, refused))?.1;
     let header_bytes = &file[..header_len];
     let tag = first_bytes(&header_bytes[header_len - HEADER_MAC_LEN..]);
-    let tip = Tip { end: header_len, seq: header.sequence, tag };
-    let mut chain = Chain { mac: Mac::new(hmac, header), catalogue: Catalogue::default(), tip, tags: vec![tag] };
+    let tip = Tip { end: header_len, seq: header.sequence, tag, in_both: header.sequence };
+    let (mac, whole) = (Mac::new(hmac, header), header.whole);
+    let mut chain = Chain { mac, whole, catalogue: Catalogue::default(), tip, tags: vec![tag] };
     let mut pieced: Option<Vec<u8>> = None;
     loop {
         let at = chain.tip.end;
@@ -429,6 +444,7 @@ pub(crate) fn follow_on(
     let known = std::mem::take(tags);
     let mut chain = Chain {
         mac: Mac::new(hmac, header),
+        whole: header.whole,
         catalogue: std::mem::take(catalogue),
         tip: Tip { end: 0, ..tip },
         tags: known,
@@ -446,12 +462,14 @@ pub(crate) fn follow_on(
     *catalogue = after;
     *tags = seen;
     followed?;
-    Ok(Tip { end: base + tip.end, seq: tip.seq, tag: tip.tag })
+    Ok(Tip { end: base + tip.end, ..tip })
 }
 
 /// The chain, as far as it was followed.
 struct Chain<'a> {
     mac: Mac<'a>,
+    /// Changes up to this one were written together with the header.
+    whole: u64,
     catalogue: Catalogue,
     tip: Tip,
     tags: Vec<Tag>,
@@ -491,8 +509,10 @@ impl<'a> Chain<'a> {
         if !constant_time_eq(&self.mac.body(head.seq, body), &head.body_tag) {
             return Ok(false);
         }
-        self.apply(body, at + HEAD_LEN)?;
-        self.tip = Tip { end: at + group::group_len(head.length), seq: head.seq, tag };
+        let durability = self.apply(body, at + HEAD_LEN)?;
+        let durability = if head.seq <= self.whole { Durability::Both } else { durability };
+        let next = Tip { end: at + group::group_len(head.length), seq: head.seq, tag, in_both: head.seq };
+        self.tip = self.tip.then(next, durability);
         self.tags.push(tag);
         Ok(true)
     }
@@ -517,7 +537,7 @@ impl<'a> Chain<'a> {
     }
 
     /// Applies the operations of an authentic body, which begins at `at`. They can still be wrong, if who wrote them was.
-    fn apply(&mut self, body: &[u8], at: usize) -> Result<(), Fault> {
+    fn apply(&mut self, body: &[u8], at: usize) -> Result<Durability, Fault> {
         let mut reader = Reader::new(body);
         let mut operations = Vec::new();
         if reader.is_empty() {
@@ -527,9 +547,10 @@ impl<'a> Chain<'a> {
             let at = at + body.len() - reader.remaining();
             operations.push(Operation::decode(&mut reader).map_err(|refused| Fault::new(at, refused))?);
         }
+        let durability = Durability::of(&operations);
         self.catalogue.apply(operations).map_err(|conflict| Fault::damaged(at, conflict))?;
         self.catalogue.keep();
-        Ok(())
+        Ok(durability)
     }
 
     /// Nothing verifies at the tip. If any authentic head behind it says that the group there was synced, or the header that

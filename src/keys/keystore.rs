@@ -188,6 +188,12 @@ impl Keystore {
         (self.tip.seq, self.tip.tag)
     }
 
+    /// The last change that no single damage or power cut takes away, as of which there are two durable copies.
+    pub(crate) fn durable_position(&self) -> (u64, Tag) {
+        let seq = self.tip.in_both;
+        self.tag_of(seq).map_or_else(|| self.position(), |tag| (seq, *tag))
+    }
+
     /// The number of the last change that is in it. A file that was written whole ends with changes of its own that add
     /// nothing: an export's last number is higher than that of the keystore it was made from.
     pub(crate) fn as_of(&self) -> u64 {
@@ -323,8 +329,11 @@ impl Keystore {
     fn continues_in(&self, verified: &Verified) -> bool {
         let known = self.tip.seq.checked_sub(verified.header.sequence).and_then(|at| usize::try_from(at).ok());
         match known.map(|at| verified.tags.get(at)) {
-            // It was rewritten since.
-            None => true,
+            // It was rewritten since. What it was before cannot be told from its tags.
+            None => {
+                verified.header.record.generation >= self.header.record.generation
+                    && verified.catalogue.may_have_become_of(&self.catalogue)
+            }
             Some(tag) => tag == Some(&self.tip.tag),
         }
     }
@@ -332,7 +341,7 @@ impl Keystore {
     fn went_back(&self, verified: &Verified) -> Error {
         let message = format!(
             "the keystore {} was put back to change {}, this process has seen change {} of another or a longer history; \
-             put the newest keystore back",
+             put the newest keystore back, or export it from here and import that",
             self.store.name(0),
             verified.tip.seq,
             self.tip.seq
@@ -353,6 +362,7 @@ impl Keystore {
         self.unsure = true;
         let replaced = self.store.replace(&self.versions, &read.bytes);
         self.versions = replaced.map_err(|error| store_failed("repairing", &self.store.name(0), error))?;
+        self.tip.in_both = self.tip.seq;
         (self.settled, self.durable, self.unsure) = (true, true, false);
         Ok(())
     }
@@ -375,20 +385,20 @@ impl Keystore {
         Ok(())
     }
 
-    /// Adds operations, all or none: durable when it returns. The operations are checked first; if they contradict the
-    /// catalogue or each other, nothing is written. No operations are no change. The caller holds the cluster's lock and has
-    /// caught up.
+    /// Adds operations, all or none: durable when it returns, in both copies unless [`Durability::of`] them says otherwise.
+    /// The operations are checked first; if they contradict the catalogue or each other, nothing is written. No operations
+    /// are no change. The caller holds the cluster's lock and has caught up.
     ///
     /// # Errors
     /// [`ErrorKind::AlreadyExists`], [`ErrorKind::NotFound`], [`ErrorKind::InUse`] or [`ErrorKind::Invalid`] for operations
     /// that do not fit; [`ErrorKind::Io`] if writing failed: then the change may be durable or not, which the next call finds
     /// out by reading the keystore again.
-    pub(crate) fn append(&mut self, mac: &HmacKey, operations: Vec<Operation>, durability: Durability) -> Result<()> {
+    pub(crate) fn append(&mut self, mac: &HmacKey, operations: Vec<Operation>) -> Result<()> {
         if operations.is_empty() {
             return Ok(());
         }
         self.settle(mac)?;
-        let (header, tip) = (&self.header, &self.tip);
+        let (header, tip, durability) = (&self.header, &self.tip, Durability::of(&operations));
         let sealed = mac.with(|hmac| chain::seal_group(hmac, header, tip, &operations))?;
         let (group, tip) = sealed.map_err(|rule| unwritable(&*self.store, rule))?;
         self.catalogue.apply(operations).map_err(|conflict| misfit(&*self.store, &conflict))?;

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::error::{Error, Result};
+use crate::format::keystore::Operation;
 use crate::keys::chain::MAX_FILE_LEN;
 use crate::storage::disk::{Disk, Stat, beside};
 use crate::storage::locks::LockFile;
@@ -36,6 +37,17 @@ pub(crate) enum Durability {
     One,
     /// In both: it adds a key, or somebody who needs one.
     Both,
+}
+
+impl Durability {
+    /// What a change needs. Part of the format: whoever reads a change knows from this whether both copies had it when it was
+    /// acknowledged.
+    pub(crate) fn of(change: &[Operation]) -> Self {
+        use Operation::{KeyUseRaise, KeyUseRelease, Rename};
+        let in_one =
+            |operation: &Operation| matches!(operation, Rename { .. } | KeyUseRaise { .. } | KeyUseRelease { .. });
+        if change.iter().all(in_one) { Self::One } else { Self::Both }
+    }
 }
 
 /// Two copies of a keystore. What is read is believed only after its MACs.

@@ -10,9 +10,9 @@ use crate::secret::KeyPayload;
 /// A master key in a key service.
 ///
 /// Calls are synchronous and come on threads of ours: when a cluster or database is opened or created, when keys are
-/// rotated or rewrapped, and when the key is validated; never while a page is sealed or opened. A call that has not
-/// returned at [`WrapContext::deadline`] is abandoned and counts as unreachable, so a hanging service stops nothing. Calls are
-/// repeated for the wrapper until the deadline where it answers [`Throttled`](crate::KmsClass::Throttled), and once where it
+/// rotated or rewrapped, and when the key is validated; never while a page is sealed, and while one is opened only if it
+/// names a data key that another process has just made. A call that has not returned at [`WrapContext::deadline`] is
+/// abandoned and counts as unreachable, so a hanging service stops nothing. Calls are repeated for the wrapper until the deadline where it answers [`Throttled`](crate::KmsClass::Throttled), and once where it
 /// answers [`Unreachable`](crate::KmsClass::Unreachable): it need not repeat any itself.
 ///
 /// An implementation classifies its failures, because only it knows its service ([`KmsClass`](crate::KmsClass)), and keeps

@@ -698,7 +698,10 @@ mod tests {
                 for _ in 0..50 {
                     std::thread::sleep(Duration::from_millis(1));
                     let seen = cipher.generation().get();
-                    assert!(generation_of(&seal(&cipher).unwrap()) >= seen, "change {which}: noted {seen}, sealed under less");
+                    assert!(
+                        generation_of(&seal(&cipher).unwrap()) >= seen,
+                        "change {which}: noted {seen}, sealed under less"
+                    );
                 }
                 drop(opening);
                 changing.join().unwrap();

@@ -12,7 +12,6 @@ use crate::keys::keystore::Keystore;
 use crate::keys::many::{UnwrapJob, WrapJob};
 use crate::keys::payload;
 use crate::keys::root::{RootKeys, is_by_cluster_key};
-use crate::keys::store::Durability;
 use crate::keys::wrapper::WrappedKey;
 use crate::keys::wrappers::Wrappers;
 use crate::rotation::{PART, Progress, alive, merged, rewrapped};
@@ -103,7 +102,7 @@ impl ClusterInner {
 
     /// Adds new wrappings to their records, as far as those are what they were.
     pub(super) fn add_wrappings(&self, records: Vec<Record>, wrapped: Vec<Vec<WrappedKey>>) -> Result<()> {
-        self.append(Durability::Both, |keystore, _| {
+        self.append(|keystore, _| {
             let unchanged =
                 |record: &Record| keystore.catalogue().generation(record.database, record.generation) == Some(record);
             let added = records.iter().zip(wrapped).filter(|(record, _)| unchanged(record));

@@ -10,7 +10,6 @@ use crate::format::wrapped::Purpose;
 use crate::keys::keystore::Keystore;
 use crate::keys::many::WrapJob;
 use crate::keys::payload;
-use crate::keys::store::Durability;
 use crate::keys::wrapper::WrappedKey;
 use crate::keys::wrappers::Wrappers;
 use crate::rotation::{PART, alive, merged, rewrapped};
@@ -74,7 +73,7 @@ impl ClusterInner {
                 let under = Some((keystore.hierarchy(), repaired));
                 keystore.rewrite(&root.mac, Vec::new(), under)
             }),
-            _ => self.append(Durability::Both, |keystore, _| {
+            _ => self.append(|keystore, _| {
                 let unchanged = keystore.catalogue().probe() == Some(record);
                 Ok((if unchanged { vec![Operation::Wrapping(repaired)] } else { Vec::new() }, ()))
             }),

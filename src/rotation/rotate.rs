@@ -6,7 +6,6 @@ use crate::format::keystore::Operation;
 use crate::format::record::{KeyState, Record};
 use crate::ids::Generation;
 use crate::keys::keyring::Hold;
-use crate::keys::store::Durability;
 
 /// How often a rotation begins anew when other processes rotate the same database.
 const TRIES: usize = 8;
@@ -43,7 +42,7 @@ impl Database {
         // No lock is held while the key service is called.
         let record = cluster.wrap_data_key(&key, id)?;
         let hold = cluster.locks.hold(id, next)? as Hold;
-        let persisted = cluster.append(Durability::Both, |keystore, root| {
+        let persisted = cluster.append(|keystore, root| {
             if !keystore.hierarchy().wraps(&record) || !root.still_wraps(&record) {
                 return Ok((Vec::new(), false));
             }

@@ -105,6 +105,26 @@ impl LockFile {
         self.take_turn(ofd::try_shared, patience).map(LookGuard)
     }
 
+    /// Says, as long as this handle lives, that somebody has the cluster open. Waits, at most for `patience`, for one who is
+    /// alone with it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InUse`] after `patience`; [`ErrorKind::Io`]; [`ErrorKind::Forked`].
+    pub(crate) fn join(&self, patience: Duration) -> Result<()> {
+        self.check_fork()?;
+        self.wait_for(ofd::try_shared, OPEN, Instant::now(), patience)
+    }
+
+    /// Keeps everybody else from opening the cluster, until [`LockFile::join`] or the end of this handle; false if somebody
+    /// has it open.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`]; [`ErrorKind::Forked`].
+    pub(crate) fn try_be_alone(&self) -> Result<bool> {
+        self.check_fork()?;
+        self.ask(ofd::try_exclusive, OPEN)
+    }
+
     /// The lease of the one who sends notifications for the cluster; `None` while somebody has it, here or elsewhere.
     ///
     /// # Errors
@@ -218,15 +238,26 @@ impl LockFile {
         self.check_fork()?;
         let begun = Instant::now();
         let turn = self.wait_for_threads(patience)?;
+        self.wait_for(attempt, CHANGE, begun, patience)?;
+        Ok(turn)
+    }
+
+    fn wait_for(
+        &self,
+        attempt: fn(&File, u64) -> io::Result<bool>,
+        byte: u64,
+        begun: Instant,
+        patience: Duration,
+    ) -> Result<()> {
         let mut pauses = Pauses::new();
-        while !self.ask(attempt, CHANGE)? {
+        while !self.ask(attempt, byte)? {
             let left = patience.saturating_sub(begun.elapsed());
             if left.is_zero() {
                 return Err(self.busy_for("another process has", begun.elapsed(), "if it hangs, end it"));
             }
             std::thread::sleep(pauses.next().min(left));
         }
-        Ok(turn)
+        Ok(())
     }
 
     fn wait_for_threads(&self, patience: Duration) -> Result<Turn<'_>> {
@@ -292,8 +323,18 @@ impl LockFile {
     }
 }
 
+/// Not through a link: whoever may write the directory must not make us create or lock a file elsewhere.
 fn open(path: &Path) -> io::Result<File> {
-    OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(false).mode(0o600);
+    let file = options.custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path)?;
+    if file.metadata()?.is_file() {
+        return Ok(file);
+    }
+    Err(io::Error::new(
+        io::ErrorKind::InvalidInput,
+        "it is not a regular file; remove it while nobody has the cluster open",
+    ))
 }
 
 /// Nobody else changes or reads the keystore as long as this lives.
@@ -429,6 +470,8 @@ const CHANGE: u64 = 0;
 /// Locked by the one who sends notifications.
 #[allow(dead_code)]
 const LEASE: u64 = 1;
+/// Locked, shared, by everybody who has the cluster open; exclusively by who puts another keystore in its place.
+const OPEN: u64 = 2;
 /// How many files hold the locks on derived bytes. Part of what processes agree on: another number would let them lock
 /// the same byte of different files.
 const SPREAD_OVER: usize = 64;
@@ -512,6 +555,33 @@ mod tests {
         in_use(ours.look(AT_ONCE));
         drop(guard);
         drop(ours.change(AT_ONCE).unwrap());
+    }
+
+    #[test]
+    fn who_puts_another_keystore_in_its_place_is_alone_with_the_cluster() {
+        let (_scratch, ours, theirs) = Scratch::two("alone");
+        theirs.join(AT_ONCE).unwrap();
+        theirs.join(AT_ONCE).unwrap();
+        assert!(!ours.try_be_alone().unwrap());
+        drop(theirs);
+        assert!(ours.try_be_alone().unwrap());
+        let late = LockFile::open(&ours.path).unwrap();
+        in_use(late.join(AT_ONCE));
+        ours.join(AT_ONCE).unwrap();
+        late.join(AT_ONCE).unwrap();
+        assert!(!ours.try_be_alone().unwrap(), "two are in");
+    }
+
+    #[test]
+    fn a_lock_file_is_not_followed_if_it_is_a_link_nor_waited_for_if_it_is_a_pipe() {
+        let scratch = Scratch::new("link");
+        let (path, target) = (scratch.0.join("lock"), scratch.0.join("elsewhere"));
+        std::os::unix::fs::symlink(&target, &path).unwrap();
+        assert_eq!(LockFile::open(&path).err().unwrap().kind(), ErrorKind::Io);
+        assert!(!target.exists(), "a file was made behind a link");
+        std::fs::remove_file(&path).unwrap();
+        assert!(Command::new("mkfifo").arg(&path).status().unwrap().success());
+        assert_eq!(LockFile::open(&path).err().unwrap().kind(), ErrorKind::Io);
     }
 
     #[test]

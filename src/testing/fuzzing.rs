@@ -25,7 +25,7 @@ use crate::ids::{ClusterId, DatabaseId, FileId, Generation, MasterKeyId, SealId}
 use crate::keys::keyring::DataKey;
 use crate::keys::keystore::{Keystore, UnverifiedKeystore};
 use crate::keys::payload;
-use crate::keys::store::{Durability, KeystoreStore, MemoryStore};
+use crate::keys::store::{KeystoreStore, MemoryStore};
 use crate::keys::wrapper::{KeyWrapper, WrapContext, WrappedKey};
 use crate::kms::local::LocalKeyFile;
 use crate::page::cipher::PageCipher;
@@ -223,10 +223,7 @@ impl KnownKeystore {
         for groups in 0..=history().len() {
             let store = Arc::new(MemoryStore::default());
             let mut keystore = Keystore::create(Arc::clone(&store) as _, header(), Vec::new(), &new.mac)?;
-            history()
-                .into_iter()
-                .take(groups)
-                .try_for_each(|operations| keystore.append(&new.mac, operations, Durability::Both))?;
+            history().into_iter().take(groups).try_for_each(|operations| keystore.append(&new.mac, operations))?;
             new.bytes = bytes_of(&store)?;
             new.ends.push(new.bytes.len());
             new.history.push(keystore);
@@ -346,7 +343,7 @@ impl OpenKeystore<'_> {
     pub fn change(mut self) -> Result<bool> {
         let mac = &self.known.mac;
         let operation = Operation::Probe(Record { created: 77, ..record(Purpose::Probe, 0, 1) });
-        self.keystore.append(mac, vec![operation], Durability::Both)?;
+        self.keystore.append(mac, vec![operation])?;
         let appended = self.is_stored()?;
         self.keystore.rewrite(mac, Vec::new(), None)?;
         Ok(appended && self.is_stored()?)

@@ -61,7 +61,10 @@ fn raw_key(suite: Suite, backend: AesBackend, key: &[u8; 32]) -> Result<Locked<A
 /// # Errors
 /// [`crate::ErrorKind::Unsupported`] for a suite that this build or machine lacks; no locked memory.
 pub fn stray_cipher(suite: Suite, backend: AesBackend) -> Result<crate::PageCipher> {
-    use crate::{env::Env, ids::*, keys::in_memory::KeysInMemory, keys::keyring::*, page::subkeys::SubkeyCache, secret::SecretKey};
+    use crate::{
+        env::Env, ids::*, keys::in_memory::KeysInMemory, keys::keyring::*, page::subkeys::SubkeyCache,
+        secret::SecretKey,
+    };
     aead::check_suite(suite)?;
     let env = Env::system();
     let key = SecretKey::fill_with(|out| env.entropy.fill(out).map_err(crate::Error::from))?;

@@ -1,8 +1,8 @@
 //! Databases that no keystore knows, over data keys of the test's choice: two ciphers over one key, one cipher over several
 //! generations, a stock cipher over the same key.
 
-use std::sync::{Arc, Weak};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use crate::aead::{self, AesBackend};
@@ -57,7 +57,8 @@ impl StrayDatabase {
     ) -> Result<Self> {
         let mut env = Env::system();
         env.entropy = entropy.unwrap_or(env.entropy);
-        let keyring = Keyring::new(DatabaseId::from_bytes(env.random()?), data_keys(keys)?, None, &KeysInMemory::default())?;
+        let keyring =
+            Keyring::new(DatabaseId::from_bytes(env.random()?), data_keys(keys)?, None, &KeysInMemory::default())?;
         let (subkeys, resumes) = (Arc::new(SubkeyCache::new(subkeys)), Arc::default());
         let cipher = PageCipher::new(keyring, backend, subkeys, Arc::clone(&resumes), env, None);
         Ok(Self { cipher, resumes })

@@ -157,7 +157,7 @@ impl File {
         let mut file =
             Self { bytes: Vec::new(), ends: vec![keystore.tip.end], catalogues: vec![copy(keystore.catalogue())] };
         for operations in groups {
-            keystore.append(&MAC, operations, Durability::Both).unwrap();
+            keystore.append(&MAC, operations).unwrap();
             file.ends.push(keystore.tip.end);
             file.catalogues.push(copy(keystore.catalogue()));
         }

@@ -937,6 +937,44 @@ fn an_import_is_refused_over_another_cluster_and_of_anything_but_a_whole_export_
 }
 
 #[test]
+fn no_older_keystore_is_imported_beside_anybody_who_has_the_cluster_open_and_newer_keys() {
+    for hierarchy in HIERARCHIES {
+        let (house, key, cluster) = start(hierarchy);
+        let database = cluster.create_database("d").unwrap();
+        let [older, newer] = ["older", "newer"].map(|name| house.0.join(name));
+        cluster.export(&older).unwrap();
+        database.rotate().unwrap();
+        let page = seal(&database.cipher().unwrap(), 7);
+        house.copies().iter().for_each(|copy| fs::remove_file(copy).unwrap());
+        let import = |export| Cluster::import(&house.directory(), export, quick(), Wrappers::one(key.clone()));
+        assert_eq!(kind(import(&older)), ErrorKind::InUse);
+        assert!(house.copies().iter().all(|copy| !copy.exists()), "a refused import left a keystore");
+        // Who has it open still knows everything.
+        cluster.export(&newer).unwrap();
+        drop((database, cluster));
+        let cluster = import(&newer).unwrap();
+        opens(&cluster.database("d").unwrap().cipher().unwrap(), &page, 7).unwrap();
+        assert_eq!(kind(import(&newer)), ErrorKind::AlreadyExists);
+    }
+}
+
+#[test]
+fn an_older_keystore_put_back_beside_a_running_process_is_noticed_and_what_it_knows_can_be_exported() {
+    let (house, key, cluster) = start(Hierarchy::Direct);
+    let database = cluster.create_database("d").unwrap();
+    let older = house.keystore();
+    database.rotate().unwrap();
+    let page = seal(&database.cipher().unwrap(), 7);
+    house.put_keystore(&older);
+    assert_eq!(kind(cluster.create_database("e")), ErrorKind::KeystoreStale);
+    let export = house.0.join("export");
+    cluster.export(&export).unwrap();
+    drop((database, cluster));
+    let cluster = Cluster::import(&house.directory(), &export, quick(), Wrappers::one(key.clone())).unwrap();
+    opens(&cluster.database("d").unwrap().cipher().unwrap(), &page, 7).unwrap();
+}
+
+#[test]
 fn a_dropped_database_is_not_in_an_export_made_after_it_and_is_in_one_made_before() {
     let (house, key, cluster) = start(Hierarchy::Direct);
     let database: Database = cluster.create_database("d").unwrap();

@@ -16,14 +16,14 @@ use std::fs::{self, File};
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use child::Process;
 use common::{Dice, TempDir};
 use pageseal::{
-    Cluster, ClusterOptions, ErrorKind, FileId, Hierarchy, KeyPayload, KeyWrapper, KmsError, LocalKeyFile, MasterKeyId,
-    PageContext, Purpose, WrapContext, WrappedKey, Wrappers,
+    Cluster, ClusterOptions, Database, ErrorKind, FileId, Generation, Hierarchy, KeyPayload, KeyWrapper, KmsError,
+    LocalKeyFile, MasterKeyId, PageContext, PageError, Purpose, WrapContext, WrappedKey, Wrappers,
 };
 use schedule::{Kind, Tally, fast_directory};
 use worker::{Home, Worker};
@@ -647,6 +647,79 @@ fn nobody_comes_back_with_a_generation_that_was_destroyed_while_its_keys_were_un
         late.retry().unwrap();
     }
     assert_eq!(opened.generation(), other.database("a").unwrap().generation(), "when it was brought back");
+}
+
+#[test]
+fn a_key_that_is_destroyed_while_another_process_unwraps_it_does_not_stay_there() {
+    type Act = fn(&Cluster) -> Database;
+    let open_one: Act = |late| late.database("a").unwrap();
+    let open_all: Act = |late| late.open_databases().unwrap().remove(0);
+    let come_back: Act = |late| {
+        let database = late.database("a").unwrap();
+        late.disable().unwrap();
+        late.retry().unwrap();
+        database
+    };
+    for (which, act) in [open_one, open_all, come_back].into_iter().enumerate() {
+        // The second time it was open before, and follows another rotation.
+        for follows in [false, true] {
+            let place = Place::new(Hierarchy::Direct);
+            let other = place.home.open(false);
+            let database = other.create_database("a").unwrap();
+            let mut page = vec![7; 200];
+            database.cipher().unwrap().seal_in_place(&AT, &mut page).unwrap();
+            database.rotate().unwrap();
+            let armed = Arc::new(AtomicBool::new(false));
+            let late = {
+                let (armed, database) = (Arc::clone(&armed), database.clone());
+                place.slow(move |call, purpose| {
+                    if (call, purpose) == (Call::Unwrap, Purpose::Data) && armed.swap(false, Ordering::SeqCst) {
+                        database.release_external(Generation::new(2).unwrap()).unwrap();
+                        database.destroy_generation(Generation::FIRST).unwrap();
+                    }
+                })
+            };
+            let before = (follows || which == 2).then(|| late.database("a").unwrap());
+            if follows {
+                database.rotate().unwrap();
+            }
+            armed.store(true, Ordering::SeqCst);
+            let opened = act(&late);
+            assert!(!armed.load(Ordering::SeqCst), "case {which}: no key service was asked");
+            let outcome = opened.cipher().unwrap().open_in_place(&AT, &mut page);
+            let gone = PageError::UnknownGeneration(Generation::FIRST);
+            assert_eq!(outcome, Err(gone), "case {which}, follows: {follows}");
+            drop(before);
+        }
+    }
+}
+
+#[test]
+fn readers_that_meet_a_new_generation_at_once_ask_the_key_service_once() {
+    let place = Place::new(Hierarchy::Direct);
+    let other = place.home.open(false);
+    let there = other.create_database("a").unwrap();
+    let calls = Arc::new(AtomicU64::new(0));
+    let late = {
+        let calls = Arc::clone(&calls);
+        place.slow(move |call, purpose| {
+            if (call, purpose) == (Call::Unwrap, Purpose::Data) {
+                calls.fetch_add(1, Ordering::SeqCst);
+                std::thread::sleep(Duration::from_millis(50));
+            }
+        })
+    };
+    let here = late.database("a").unwrap().cipher().unwrap();
+    there.rotate().unwrap();
+    let mut page = vec![7; 200];
+    there.cipher().unwrap().seal_in_place(&AT, &mut page).unwrap();
+    calls.store(0, Ordering::SeqCst);
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| here.open_in_place(&AT, &mut page.clone()).unwrap());
+        }
+    });
+    assert_eq!(calls.load(Ordering::SeqCst), 1);
 }
 
 #[test]

@@ -189,7 +189,7 @@ fn a_torn_tail_leaves_the_files_with_the_next_append_and_not_before() {
     let store = Watched::with([Some(torn.clone()), Some(file.bytes.clone())]);
     let mut keystore = open_store(store.clone()).unwrap();
     assert_eq!(read(&*store)[0], Some(torn.clone()));
-    keystore.append(&MAC, new_database(2), Durability::Both).unwrap();
+    keystore.append(&MAC, new_database(2)).unwrap();
     assert!(keystore.is_settled());
     assert!(store.kept.lock().unwrap().is_empty(), "a crash leaves such a tail, and the other copy is whole");
     let [first, second] = read(&*store);
@@ -199,7 +199,7 @@ fn a_torn_tail_leaves_the_files_with_the_next_append_and_not_before() {
     assert!(open(both(&first)).unwrap().catalogue() == keystore.catalogue());
     // Both copies with a bad end: that is no crash, and nothing is thrown away.
     let store = Watched::with(both(&torn));
-    open_store(store.clone()).unwrap().append(&MAC, new_database(2), Durability::Both).unwrap();
+    open_store(store.clone()).unwrap().append(&MAC, new_database(2)).unwrap();
     assert_eq!(*store.kept.lock().unwrap(), [torn.clone(), torn]);
 }
 
@@ -380,19 +380,19 @@ fn contradictory_operations_write_nothing_and_leave_the_handle_usable() {
     let mut keystore = open_store(store.clone()).unwrap();
     for (kind, operations) in contradictions() {
         let text = format!("{operations:?}");
-        assert_eq!(error_of(keystore.append(&MAC, operations.clone(), Durability::Both)).kind(), kind, "{text}");
+        assert_eq!(error_of(keystore.append(&MAC, operations.clone())).kind(), kind, "{text}");
         assert_eq!(file.position(keystore.catalogue()), Some(4), "{text}");
         assert_eq!(error_of(keystore.rewrite(&MAC, operations, None)).kind(), kind, "{text}");
         assert_eq!(file.position(keystore.catalogue()), Some(4), "{text}");
         assert!(keystore.is_settled());
     }
     let too_long = Operation::Database { database: id(2), name: SealedName { sealed: vec![0; 513], ..name(2) } };
-    assert_eq!(error_of(keystore.append(&MAC, vec![too_long], Durability::Both)).kind(), ErrorKind::Invalid);
+    assert_eq!(error_of(keystore.append(&MAC, vec![too_long])).kind(), ErrorKind::Invalid);
     let too_many = vec![Operation::Probe(cluster_record(Purpose::Probe)); (MAX_BODY_LEN as usize) / 100];
-    assert_eq!(error_of(keystore.append(&MAC, too_many, Durability::Both)).kind(), ErrorKind::Invalid);
-    keystore.append(&MAC, Vec::new(), Durability::Both).unwrap();
+    assert_eq!(error_of(keystore.append(&MAC, too_many)).kind(), ErrorKind::Invalid);
+    keystore.append(&MAC, Vec::new()).unwrap();
     assert_eq!(read(&*store), both(&file.bytes));
-    keystore.append(&MAC, new_database(2), Durability::Both).unwrap();
+    keystore.append(&MAC, new_database(2)).unwrap();
     assert_eq!(keystore.position().0, SEQUENCE + 5);
 }
 
@@ -414,7 +414,7 @@ fn a_file_that_was_written_whole_is_damaged_wherever_it_is_cut_and_torn_only_beh
     let mut keystore = create(store.clone(), history().concat()).unwrap();
     let snapshot = keystore.tip.end;
     assert_eq!(keystore.header.whole, keystore.position().0);
-    keystore.append(&MAC, new_database(2), Durability::Both).unwrap();
+    keystore.append(&MAC, new_database(2)).unwrap();
     let bytes = read(&*store)[0].clone().unwrap();
     for len in 0..snapshot {
         assert_eq!(error_of(open(both(&bytes[..len]))).kind(), ErrorKind::Damaged, "length {len}");

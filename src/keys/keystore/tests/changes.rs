@@ -19,14 +19,14 @@ fn catching_up_reads_only_what_was_appended() {
     assert!(!ours.is_behind().unwrap());
     assert!(!ours.catch_up(&MAC).unwrap());
     for byte in 2..6 {
-        theirs.append(&MAC, new_database(byte), Durability::Both).unwrap();
+        theirs.append(&MAC, new_database(byte)).unwrap();
     }
     let whole_reads = store.whole_reads.load(Ordering::Relaxed);
     assert!(ours.is_behind().unwrap());
     assert!(ours.catch_up(&MAC).unwrap());
     assert!(same(&ours, &theirs) && ours.is_settled() && !ours.is_behind().unwrap());
     assert_eq!(store.whole_reads.load(Ordering::Relaxed), whole_reads);
-    ours.append(&MAC, new_database(7), Durability::One).unwrap();
+    ours.append(&MAC, new_database(7)).unwrap();
     assert!(theirs.catch_up(&MAC).unwrap());
     assert!(same(&ours, &theirs));
     assert!(same(&ours, &open_store(store).unwrap()));
@@ -37,10 +37,10 @@ fn catching_up_after_a_rewrite_reads_all_and_believes_what_was_before_it() {
     let store = Watched::with(both(&File::new(history()).bytes));
     let [mut ours, mut theirs] = two_handles(&store);
     let seen = ours.position();
-    theirs.append(&MAC, new_database(2), Durability::Both).unwrap();
+    theirs.append(&MAC, new_database(2)).unwrap();
     let other = theirs.position();
     theirs.rewrite(&MAC, vec![Operation::Drop { database: id(1) }], None).unwrap();
-    theirs.append(&MAC, new_database(3), Durability::Both).unwrap();
+    theirs.append(&MAC, new_database(3)).unwrap();
     assert!(ours.catch_up(&MAC).unwrap());
     assert!(same(&ours, &theirs) && ours.is_settled());
     assert!(ours.has(seen.0, &seen.1) && ours.has(other.0, &other.1));
@@ -59,7 +59,7 @@ fn a_first_copy_that_cannot_be_followed_is_caught_up_from_the_second() {
     assert!(keystore.catch_up(&MAC).unwrap());
     assert_eq!(file.position(keystore.catalogue()), Some(4));
     assert!(matches!(keystore.copies()[0], CopyState::Damaged(_)) && !keystore.is_settled());
-    keystore.append(&MAC, new_database(2), Durability::Both).unwrap();
+    keystore.append(&MAC, new_database(2)).unwrap();
     assert!(read(&*store)[0].as_ref().unwrap().starts_with(&file.bytes));
 }
 
@@ -83,12 +83,12 @@ fn an_older_pair_put_back_under_a_running_handle_is_stale_until_the_newest_is_ba
         let error = error_of(keystore.catch_up(&MAC));
         assert_eq!(error.kind(), ErrorKind::KeystoreStale, "{error}");
         assert_eq!(file.position(keystore.catalogue()), Some(file.groups()), "what was put back was taken over");
-        assert_eq!(error_of(keystore.append(&MAC, new_database(6), Durability::Both)).kind(), ErrorKind::Io);
+        assert_eq!(error_of(keystore.append(&MAC, new_database(6))).kind(), ErrorKind::Io);
         assert_eq!(error_of(keystore.catch_up(&MAC)).kind(), ErrorKind::KeystoreStale);
         assert_eq!(disk.seen(&path(0)), Some(put_back));
         (0..2).for_each(|which| disk.set(&path(which), &file.bytes));
         assert!(keystore.catch_up(&MAC).unwrap());
-        keystore.append(&MAC, new_database(6), Durability::Both).unwrap();
+        keystore.append(&MAC, new_database(6)).unwrap();
     }
 }
 
@@ -125,11 +125,11 @@ fn a_mark_of_an_unfinished_change_leads_to_a_rewrite_before_the_next() {
     assert!(running.is_behind().unwrap() && running.catch_up(&MAC).unwrap());
     assert!(!running.is_settled() && !running.catch_up(&MAC).unwrap());
     let syncs = disk.syncs();
-    running.append(&MAC, new_database(2), Durability::Both).unwrap();
+    running.append(&MAC, new_database(2)).unwrap();
     assert_eq!(disk.syncs() - syncs, 4, "both files anew, then the group in both");
     assert!(running.is_settled() && !scratch.locks().is_dirty().unwrap());
     let syncs = disk.syncs();
-    running.append(&MAC, new_database(3), Durability::Both).unwrap();
+    running.append(&MAC, new_database(3)).unwrap();
     assert_eq!(disk.syncs() - syncs, 2);
 }
 
@@ -157,13 +157,13 @@ fn a_handle_does_not_write_over_what_another_changed_without_the_lock() {
     let disk = SimulatedDisk::new(Broken::No);
     let mut ours = create(scratch.store(&disk), new_database(1)).unwrap();
     let mut theirs = open_store(scratch.store(&disk)).unwrap();
-    theirs.append(&MAC, new_database(2), Durability::Both).unwrap();
-    assert_eq!(error_of(ours.append(&MAC, new_database(3), Durability::Both)).kind(), ErrorKind::Io);
+    theirs.append(&MAC, new_database(2)).unwrap();
+    assert_eq!(error_of(ours.append(&MAC, new_database(3))).kind(), ErrorKind::Io);
     theirs.catch_up(&MAC).unwrap();
     assert_eq!(error_of(ours.rewrite(&MAC, new_database(3), None)).kind(), ErrorKind::Io);
     assert!(ours.catch_up(&MAC).unwrap());
     assert!(ours.catalogue() == theirs.catalogue());
-    ours.append(&MAC, new_database(3), Durability::Both).unwrap();
+    ours.append(&MAC, new_database(3)).unwrap();
     assert_eq!(open_store(scratch.store(&disk)).unwrap().catalogue().databases().count(), 3);
 }
 
@@ -173,12 +173,12 @@ fn a_change_after_a_refused_one_works_without_reopening() {
     let mut keystore = open_store(store.clone()).unwrap();
     let before = copy(keystore.catalogue());
     store.refusing.store(true, Ordering::Relaxed);
-    assert_eq!(error_of(keystore.append(&MAC, new_database(2), Durability::Both)).kind(), ErrorKind::Io);
+    assert_eq!(error_of(keystore.append(&MAC, new_database(2))).kind(), ErrorKind::Io);
     assert!(*keystore.catalogue() == before && !keystore.is_settled() && keystore.is_behind().unwrap());
     assert_eq!(error_of(keystore.rewrite(&MAC, new_database(2), None)).kind(), ErrorKind::Io);
     assert!(*keystore.catalogue() == before);
     store.refusing.store(false, Ordering::Relaxed);
-    keystore.append(&MAC, new_database(2), Durability::Both).unwrap();
+    keystore.append(&MAC, new_database(2)).unwrap();
     keystore.rewrite(&MAC, new_database(3), None).unwrap();
     assert!(keystore.catalogue() == open_store(store).unwrap().catalogue());
     assert_eq!(keystore.catalogue().databases().count(), 3);
@@ -193,7 +193,7 @@ fn what_a_rewrite_takes_away_has_left_both_files_and_what_it_keeps_is_the_same()
     let disk = SimulatedDisk::new(Broken::No);
     let first = vec![database(1), Operation::Generation(secret.clone())];
     let mut keystore = create(scratch.store(&disk), first).unwrap();
-    keystore.append(&MAC, new_database(2), Durability::Both).unwrap();
+    keystore.append(&MAC, new_database(2)).unwrap();
     // Also from what was kept of a damaged copy, and from what a crash left.
     disk.set(&dir().join("keystore.tmp"), &secret.wrappings[0].blob);
     disk.flip(&path(1), 700, 1);
@@ -244,12 +244,85 @@ fn names_sealed_anew_in_a_rewrite_are_in_the_files_and_a_failure_half_way_change
 }
 
 #[test]
+fn an_older_keystore_that_was_put_back_and_rewritten_is_not_taken_for_what_became_of_a_newer_one() {
+    type Later = fn(&mut Keystore) -> Result<()>;
+    let destroyed =
+        |number| vec![Operation::State { database: id(1), generation: generation(number), state: KeyState::Destroyed }];
+    let another_key = || {
+        let mut record = data_record(1, 3);
+        record.seal = crate::ids::SealId::from_bytes([0x77; 16]);
+        vec![Operation::Generation(record)]
+    };
+    let changes: [(Vec<Operation>, Later); 4] = [
+        // It lacks the newest key.
+        (vec![Operation::Generation(data_record(1, 3))], |_| Ok(())),
+        // It has another key in its place.
+        (another_key(), |theirs| theirs.append(&MAC, vec![Operation::Generation(data_record(1, 3))])),
+        // It has a key that was destroyed.
+        (destroyed(1), |_| Ok(())),
+        // It has another cluster key's generation below ours.
+        (Vec::new(), |_| Ok(())),
+    ];
+    for (which, (change, later)) in changes.into_iter().enumerate() {
+        let store = Watched::with(both(&File::new(history()).bytes));
+        let mut ours = open_store(store.clone()).unwrap();
+        let export = ours.export(&MAC).unwrap();
+        if change.is_empty() {
+            let record = Record { generation: generation(9), ..ours.cluster_record().clone() };
+            ours.rewrite(&MAC, Vec::new(), Some((Hierarchy::Direct, record))).unwrap();
+        } else {
+            let release =
+                Operation::KeyUseRelease { kind: OwnerKind::PageFile, owner: OwnerId([9; 16]), database: id(1) };
+            ours.append(&MAC, [vec![release], change].concat()).unwrap();
+        }
+        let mut theirs = UnverifiedKeystore::exported(store.clone(), export).unwrap().verify(&MAC).unwrap();
+        theirs.install(&MAC).unwrap();
+        later(&mut theirs).unwrap();
+        let error = error_of(ours.catch_up(&MAC));
+        assert_eq!(error.kind(), ErrorKind::KeystoreStale, "case {which}: {error}");
+    }
+}
+
+#[test]
+fn a_database_that_is_dropped_takes_its_keys_along_and_that_is_not_going_back() {
+    let store = Watched::with(both(&File::new(history()).bytes));
+    let [mut ours, mut theirs] = two_handles(&store);
+    theirs.rewrite(&MAC, vec![Operation::Drop { database: id(1) }], None).unwrap();
+    assert!(ours.catch_up(&MAC).unwrap() && same(&ours, &theirs));
+}
+
+#[test]
+fn page_files_note_only_changes_that_both_copies_have() {
+    let store = Watched::with([None, None]);
+    let mut keystore = create(store.clone(), new_database(1)).unwrap();
+    let settled = keystore.position();
+    assert_eq!(keystore.durable_position(), settled);
+    keystore.append(&MAC, vec![Operation::Rename { database: id(1), name: name(3) }]).unwrap();
+    assert_eq!(keystore.durable_position(), settled, "a power cut and a damaged copy would take it away");
+    assert_ne!(keystore.position(), settled);
+    let another = open_store(store.clone()).unwrap();
+    assert_eq!(another.durable_position(), settled, "who reads it cannot know more");
+    let mut follower = open_store(store.clone()).unwrap();
+    keystore.append(&MAC, new_database(2)).unwrap();
+    assert_eq!(keystore.durable_position(), keystore.position());
+    follower.catch_up(&MAC).unwrap();
+    assert_eq!(follower.durable_position(), keystore.position());
+    let both = keystore.position();
+    keystore.append(&MAC, vec![Operation::Rename { database: id(1), name: name(4) }]).unwrap();
+    follower.catch_up(&MAC).unwrap();
+    assert_eq!([follower.durable_position(), keystore.durable_position()], [both, both]);
+    keystore.rewrite(&MAC, Vec::new(), None).unwrap();
+    assert_eq!(keystore.durable_position(), keystore.position());
+    assert_eq!(open_store(store).unwrap().durable_position(), keystore.position());
+}
+
+#[test]
 fn a_keystore_of_many_superseded_changes_is_compacted_to_what_it_holds() {
     let store = Watched::with([None, None]);
     let mut keystore = create(store.clone(), new_database(1)).unwrap();
     let mut changes = 0;
     while !keystore.is_wasteful() {
-        keystore.append(&MAC, vec![Operation::Probe(cluster_record(Purpose::Probe))], Durability::One).unwrap();
+        keystore.append(&MAC, vec![Operation::Probe(cluster_record(Purpose::Probe))]).unwrap();
         changes += 1;
         assert!(changes < 2000, "it is never compacted");
     }
@@ -283,7 +356,7 @@ fn an_exported_keystore_is_whole_and_installing_it_is_the_newest_change_of_all()
     assert!(keystore.is_settled() && keystore.catalogue() == exporter.catalogue());
     assert!(keystore.position().0 > seen.0 + (1 << 32), "files that have seen a later change would not open");
     assert!(keystore.has(seen.0, &seen.1) && keystore.has(seen.0 + 1000, &[7; 16]));
-    keystore.append(&MAC, new_database(3), Durability::Both).unwrap();
+    keystore.append(&MAC, new_database(3)).unwrap();
     assert!(open_store(store).unwrap().catalogue() == keystore.catalogue());
 }
 
@@ -293,8 +366,8 @@ fn the_sequence_does_not_wrap() {
     let store = Arc::new(MemoryStore::default());
     let mut keystore = Keystore::create(store.clone(), last, new_database(1), &MAC).unwrap();
     assert_eq!(keystore.position().0, u64::MAX - 1);
-    keystore.append(&MAC, new_database(2), Durability::Both).unwrap();
-    assert_eq!(error_of(keystore.append(&MAC, new_database(3), Durability::Both)).kind(), ErrorKind::Invalid);
+    keystore.append(&MAC, new_database(2)).unwrap();
+    assert_eq!(error_of(keystore.append(&MAC, new_database(3))).kind(), ErrorKind::Invalid);
     assert_eq!(error_of(keystore.rewrite(&MAC, Vec::new(), None)).kind(), ErrorKind::Invalid);
     assert_eq!(error_of(keystore.install(&MAC)).kind(), ErrorKind::Invalid);
     assert_eq!(open_store(store).unwrap().catalogue().databases().count(), 2);
@@ -324,7 +397,7 @@ fn ten_thousand_databases_cost_the_same_bytes_each_and_are_verified_at_once() {
     let mut costs = std::collections::BTreeSet::new();
     for number in 0..10_000 {
         let before = keystore.tip.end;
-        keystore.append(&MAC, numbered(number), Durability::Both).unwrap();
+        keystore.append(&MAC, numbered(number)).unwrap();
         costs.insert(keystore.tip.end - before);
     }
     assert_eq!(costs.len(), 1, "{costs:?}");

@@ -163,7 +163,7 @@ fn rewritten() -> Rewritten {
     let store = Arc::new(MemoryStore::default());
     let mut keystore = create(store.clone(), Vec::new()).unwrap();
     for operations in [history(), vec![new_database(2)]].concat() {
-        keystore.append(&MAC, operations, Durability::Both).unwrap();
+        keystore.append(&MAC, operations).unwrap();
     }
     let (old, before) = (read(&*store)[0].clone().unwrap(), copy(keystore.catalogue()));
     keystore.rewrite(&MAC, vec![Operation::Drop { database: id(2) }], None).unwrap();
@@ -178,7 +178,7 @@ fn an_interrupted_rewrite_leaves_the_new_state_in_either_copy_and_is_finished() 
         let mut keystore = open_store(store.clone()).unwrap();
         assert!(*keystore.catalogue() == after);
         assert!(keystore.copies().contains(&CopyState::Older) && keystore.copies().contains(&CopyState::Intact));
-        keystore.append(&MAC, new_database(3), Durability::Both).unwrap();
+        keystore.append(&MAC, new_database(3)).unwrap();
         let [first, second] = read(&*store);
         assert_eq!(first, second);
         assert!(first.unwrap().starts_with(&new));
@@ -218,7 +218,7 @@ fn damage_to_either_side_of_an_interrupted_rewrite_leaves_the_other_side() {
 fn a_damaged_rewrite_that_was_built_on_does_not_bring_the_old_state_back() {
     let Rewritten { old, new, .. } = rewritten();
     let store = Arc::new(MemoryStore::with(both(&new)));
-    open_store(store.clone()).unwrap().append(&MAC, new_database(3), Durability::Both).unwrap();
+    open_store(store.clone()).unwrap().append(&MAC, new_database(3)).unwrap();
     let mut built_on = read(&*store)[0].clone().unwrap();
     built_on[600] ^= 1;
     let error = error_of(open([Some(built_on), Some(old.clone())]));

@@ -19,14 +19,14 @@ const POWER_CUTS: usize = 12;
 /// One change of the scenario. The states before and after it are told apart by the catalogue.
 #[derive(Clone)]
 enum Change {
-    Append(Vec<Operation>, Durability),
+    Append(Vec<Operation>),
     Rewrite(Vec<Operation>),
 }
 
 impl Change {
     fn make(&self, keystore: &mut Keystore) -> Result<()> {
         match self.clone() {
-            Self::Append(operations, durability) => keystore.append(&MAC, operations, durability),
+            Self::Append(operations) => keystore.append(&MAC, operations),
             Self::Rewrite(operations) => keystore.rewrite(&MAC, operations, None),
         }
     }
@@ -38,12 +38,12 @@ fn changes() -> Vec<Change> {
     wide.wrappings[0].blob = vec![0xbb; 2000];
     let (database, kind, owner) = (id(1), OwnerKind::PageFile, OwnerId([9; 16]));
     vec![
-        Change::Append(vec![Operation::KeyUseAdd(key_use(1, 9, 1))], Durability::Both),
-        Change::Append(vec![Operation::Generation(wide)], Durability::Both),
-        Change::Append(vec![Operation::KeyUseRaise { kind, owner, database, oldest: generation(2) }], Durability::One),
+        Change::Append(vec![Operation::KeyUseAdd(key_use(1, 9, 1))]),
+        Change::Append(vec![Operation::Generation(wide)]),
+        Change::Append(vec![Operation::KeyUseRaise { kind, owner, database, oldest: generation(2) }]),
         Change::Rewrite(vec![Operation::State { database, generation: generation(1), state: KeyState::Destroyed }]),
-        Change::Append(new_database(2), Durability::Both),
-        Change::Append(vec![Operation::KeyUseRelease { kind, owner, database }], Durability::One),
+        Change::Append(new_database(2)),
+        Change::Append(vec![Operation::KeyUseRelease { kind, owner, database }]),
         Change::Rewrite(vec![Operation::Drop { database: id(1) }]),
     ]
 }
@@ -117,7 +117,7 @@ impl Scenario {
             Some(found) if found < acknowledged => self.tally.lost += 1,
             Some(found) => {
                 assert!(found <= acknowledged + 1, "{found} changes, of {acknowledged}");
-                keystore.append(&MAC, new_database(0xee), Durability::Both).unwrap();
+                keystore.append(&MAC, new_database(0xee)).unwrap();
                 self.expect_exactly(disk, keystore.catalogue());
             }
         }
@@ -246,7 +246,7 @@ impl Scenario {
             Some(found) => {
                 keystore.settle(&MAC).unwrap();
                 assert_eq!(self.run(&mut keystore, found), changes().len(), "it does not go on without reopening");
-                keystore.append(&MAC, new_database(0xee), Durability::Both).unwrap();
+                keystore.append(&MAC, new_database(0xee)).unwrap();
                 assert!(keystore.is_settled());
                 self.expect_exactly(disk, keystore.catalogue());
             }
@@ -312,7 +312,7 @@ fn a_failed_create_leaves_no_keystore_or_a_whole_one() {
             match open_store(scratch.store(&disk)) {
                 Ok(mut keystore) => {
                     assert_eq!(keystore.catalogue().databases().count(), 1);
-                    keystore.append(&MAC, new_database(2), Durability::Both).unwrap();
+                    keystore.append(&MAC, new_database(2)).unwrap();
                 }
                 Err(error) => {
                     assert_eq!(error.kind(), ErrorKind::NotFound);
@@ -329,11 +329,11 @@ fn an_addition_survives_the_loss_of_either_file_from_the_moment_it_is_acknowledg
     let disk = SimulatedDisk::new(Broken::No);
     let mut keystore = create(scratch.store(&disk), new_database(1)).unwrap();
     let release = Operation::KeyUseRelease { kind: OwnerKind::PageFile, owner: OwnerId([9; 16]), database: id(1) };
-    keystore.append(&MAC, vec![Operation::KeyUseAdd(key_use(1, 9, 1))], Durability::Both).unwrap();
-    keystore.append(&MAC, vec![release], Durability::One).unwrap();
+    keystore.append(&MAC, vec![Operation::KeyUseAdd(key_use(1, 9, 1))]).unwrap();
+    keystore.append(&MAC, vec![release]).unwrap();
     // The write-back of what was not synced fails, and nobody is told.
     disk.fail_write_back(&path(1));
-    keystore.append(&MAC, new_database(2), Durability::Both).unwrap();
+    keystore.append(&MAC, new_database(2)).unwrap();
     for cut in disk.power_cuts_all(64) {
         for lost in [0, 1] {
             let cut = cut.power_cut(0);
@@ -351,8 +351,8 @@ fn a_keystore_lives_in_real_files() {
         Arc::new(FileStore::new(disk, &scratch.0, scratch.locks()))
     };
     let mut keystore = create(store(), new_database(1)).unwrap();
-    keystore.append(&MAC, new_database(2), Durability::Both).unwrap();
-    keystore.append(&MAC, vec![Operation::KeyUseAdd(key_use(2, 3, 1))], Durability::One).unwrap();
+    keystore.append(&MAC, new_database(2)).unwrap();
+    keystore.append(&MAC, vec![Operation::KeyUseAdd(key_use(2, 3, 1))]).unwrap();
     let unverified = UnverifiedKeystore::read(store()).unwrap();
     assert_eq!(unverified.headers(), std::slice::from_ref(&keystore.header));
     let mut reopened = unverified.verify(&MAC).unwrap();

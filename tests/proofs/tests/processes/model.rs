@@ -276,13 +276,15 @@ impl Model {
     }
 
     /// The generations that other processes hold of a database: for sure, and perhaps. One that is killed in this round
-    /// holds nothing from some moment on.
+    /// holds nothing from some moment on; one that does something with its databases first follows the others, and so may
+    /// have let go of an older one before anything else of what it does has happened.
     fn held(&self, peer: usize, id: &str, others: &[&Step]) -> (Vec<u32>, Vec<u32>) {
-        let dying = |peer| others.iter().any(|other| other.peer == peer && other.killed);
+        let moves = |other: &&Step| other.killed || other.op.opens();
+        let unsure = |peer| others.iter().any(|other| other.peer == peer && moves(other));
         let open = self.open.iter().enumerate().filter(|(other, _)| *other != peer);
         let held = open.flat_map(|(other, open)| open.values().map(move |open| (other, open)));
-        let held: Vec<_> = held.filter(|(_, open)| open.0 == id).map(|(other, open)| (dying(other), open.1)).collect();
-        let sure = held.iter().filter(|(dying, _)| !dying).map(|(_, generation)| *generation).collect();
+        let held: Vec<_> = held.filter(|(_, open)| open.0 == id).map(|(other, open)| (unsure(other), open.1)).collect();
+        let sure = held.iter().filter(|(unsure, _)| !unsure).map(|(_, generation)| *generation).collect();
         (sure, held.iter().map(|(_, generation)| *generation).collect())
     }
 
