@@ -10,7 +10,7 @@ use std::sync::{Arc, MutexGuard, PoisonError};
 
 use crate::cluster::Cluster;
 use crate::cluster::opening::{Keys, alive_of};
-use crate::cluster::shared::{ClusterInner, PATIENCE, read_keystore, unwrap_any_root};
+use crate::cluster::shared::{ClusterInner, PATIENCE, read_keystore, unwrap_any_root, unwrap_root};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::keystore::{Header, Hierarchy};
 use crate::format::record::Record;
@@ -105,7 +105,8 @@ impl ClusterInner {
         };
         // Whoever disables the cluster meanwhile is not kept waiting by key services, but waits for the end of this.
         let _in_flight = self.in_memory.mark();
-        let root = self.unwrap_closed(&self.wrappers())?;
+        let (root, record) = self.unwrap_closed(&self.wrappers())?;
+        let root = self.confirmed(root, &record)?;
         let reopened = self.unwrap_open_databases(&root)?;
         let closings = self.closings();
         if *closings != before {
@@ -117,15 +118,27 @@ impl ClusterInner {
         reopen(reopened).inspect_err(|_| self.close_gate())
     }
 
-    /// The cluster's own keys, as they lie in the keystore now, by these master keys.
+    /// The cluster's own keys, as they lie in the keystore now, by these master keys, and the record that they came out of.
+    /// Nothing has authenticated that record: see [`ClusterInner::confirmed`].
     ///
     /// # Errors
     /// What the key services answered; what reading the keystore gives.
-    pub(crate) fn unwrap_closed(&self, wrappers: &Wrappers) -> Result<RootKeys> {
+    pub(crate) fn unwrap_closed(&self, wrappers: &Wrappers) -> Result<(RootKeys, Record)> {
         let mut unverified = read_keystore(&self.store, &self.locks)?;
         unverified.retain(self.id);
         let request = |header: &Header| self.request(None, header.record.generation, Purpose::Cluster);
-        unwrap_any_root(wrappers, unverified.headers(), request).map(|(root, _)| root)
+        unwrap_any_root(wrappers, unverified.headers(), request)
+    }
+
+    /// The same keys, after all master keys were heard that wrap them: as the keystore says, and not a header that nobody had
+    /// authenticated, out of which one that is revoked may have been cut.
+    fn confirmed(&self, root: RootKeys, record: &Record) -> Result<RootKeys> {
+        self.catch_up_closed(&root)?;
+        let now = self.keystore().cluster_record().clone();
+        if now == *record {
+            return Ok(root);
+        }
+        unwrap_root(&self.wrappers(), &self.request(None, now.generation, Purpose::Cluster), &now)
     }
 
     /// Takes over what happened to the keystore while the gate was closed.

@@ -194,24 +194,24 @@ impl Cluster {
         let (key, hold) = loop {
             let key = inner.draw_data_key(Generation::FIRST, inner.options.suite)?;
             // No lock is held while the key service is called.
-            let record = inner.wrap_data_key(&key, id)?;
+            let new = inner.wrap_data_key(&key, id)?;
             let hold = inner.locks.hold(id, key.generation)? as Hold;
             let persisted = inner.append(|keystore, root| {
                 let look_up = root.names.look_up(&CLUSTER_SCOPE, name)?;
                 if keystore.catalogue().find_database(&look_up).is_some() {
                     return Err(exists());
                 }
-                if !keystore.hierarchy().wraps(&record) || !root.still_wraps(&record) {
+                if !new.fits(keystore, root) {
                     return Ok((Vec::new(), false));
                 }
                 let sealed = root.names.seal(inner.env(), &CLUSTER_SCOPE, &id.to_bytes(), name)?;
                 let name = SealedName { lookup: look_up, sealed };
-                Ok((vec![Operation::Database { database: id, name }, Operation::Generation(record)], true))
+                Ok((vec![Operation::Database { database: id, name }, Operation::Generation(new.record)], true))
             })?;
             if persisted {
                 break (key, hold);
             }
-            // The hierarchy or the cluster key changed meanwhile: wrapped for nothing.
+            // The cluster was moved to other keys meanwhile: wrapped for nothing.
         };
         let cipher = inner.ciphers.get_or_open(id, || inner.adopt(id, vec![key], Some(hold)))?;
         inner.handle(id, name, cipher)

@@ -13,9 +13,10 @@ use crate::format::keystore::{Hierarchy, SealedName};
 use crate::format::page::Suite;
 use crate::format::record::{KeyState, Record};
 use crate::format::wrapped::Purpose;
-use crate::ids::{DatabaseId, Generation, SealId};
+use crate::ids::{DatabaseId, Generation, MasterKeyId, SealId};
 use crate::keys::in_memory::Live;
 use crate::keys::keyring::{Closed, DataKey, Hold, Keyring};
+use crate::keys::keystore::Keystore;
 use crate::keys::many::UnwrapJob;
 use crate::keys::names::CLUSTER_SCOPE;
 use crate::keys::payload;
@@ -38,18 +39,23 @@ impl ClusterInner {
         Ok(DataKey { generation, suite, seal, key: payload::random_key(env)? })
     }
 
-    /// The record of a data key that was just drawn: wrapped as the hierarchy says.
-    pub(crate) fn wrap_data_key(&self, key: &DataKey, database: DatabaseId) -> Result<Record> {
+    /// The record of a data key that was just drawn: wrapped as the hierarchy says. It must still fit when it is written: see
+    /// [`NewRecord::fits`].
+    pub(crate) fn wrap_data_key(&self, key: &DataKey, database: DatabaseId) -> Result<NewRecord> {
         let commitment = payload::data_commitment(key)?;
         let wrapped = Arc::new(payload::data_payload(key, self.id, database, &commitment)?);
-        let wrappings = match self.hierarchy() {
+        let (hierarchy, cluster) =
+            self.look(|keystore, _| Ok((keystore.hierarchy(), keystore.cluster_record().clone())))?;
+        let wrappings = match hierarchy {
             Hierarchy::Direct => {
+                let wrappers = self.wrappers();
+                wrappers.require_any_of(&cluster)?;
                 let request = self.request(Some(database), key.generation, Purpose::Data);
-                self.wrappers().wrap(&wrapped, &request)?.keys
+                wrappers.wrap(&wrapped, &request)?.keys
             }
             Hierarchy::ClusterKey => vec![self.root()?.wrap(self.env(), &wrapped, database, key.generation)?],
         };
-        Ok(self.data_record(key, database, commitment, wrappings))
+        Ok(NewRecord { record: self.data_record(key, database, commitment, wrappings), cluster })
     }
 
     fn data_record(
@@ -322,6 +328,30 @@ impl ClusterInner {
         }
         Ok(false)
     }
+}
+
+/// The record of a new data key, and the cluster record as it was before the key was wrapped.
+pub(crate) struct NewRecord {
+    pub(crate) record: Record,
+    cluster: Record,
+}
+
+impl NewRecord {
+    /// Whether the hierarchy, the cluster key and the master keys are still those that wrapped it: else whoever moves the
+    /// cluster to other keys meanwhile would leave this one behind.
+    pub(crate) fn fits(&self, keystore: &Keystore, root: &RootKeys) -> bool {
+        let by_master_keys = keystore.hierarchy() == Hierarchy::Direct;
+        keystore.hierarchy().wraps(&self.record)
+            && root.still_wraps(&self.record)
+            && (!by_master_keys || *keystore.cluster_record() == self.cluster && shares_a_key(&self.record, &self.cluster))
+    }
+}
+
+/// Whether one of the master keys that wrapped `cluster` wrapped `record`, too: a key that none of them opens is lost when
+/// the others are retired.
+fn shares_a_key(record: &Record, cluster: &Record) -> bool {
+    let has = |master_key: &MasterKeyId| record.wrappings.iter().any(|key| key.master_key == *master_key);
+    cluster.wrappings.iter().any(|key| has(&key.master_key))
 }
 
 /// What a database is opened with.

@@ -20,7 +20,7 @@ use crate::format::file_header::Seen;
 use crate::format::keystore::{Header, Hierarchy, Operation};
 use crate::format::record::Record;
 use crate::format::wrapped::Purpose;
-use crate::ids::{ClusterId, DatabaseId, FileId, Generation};
+use crate::ids::{ClusterId, DatabaseId, FileId, Generation, MasterKeyId};
 use crate::keys::calls::WrapRequest;
 use crate::keys::in_memory::{InMemory, KeysInMemory, Live};
 use crate::keys::keystore::{Keystore, UnverifiedKeystore};
@@ -268,9 +268,11 @@ impl ClusterInner {
 
     /// Takes over what other processes changed. The caller holds the lock among processes.
     pub(super) fn catch_up(&self, keystore: &mut Keystore, root: &RootKeys) -> Result<()> {
+        let before = keystore.cluster_record().clone();
         match keystore.catch_up(&root.mac) {
             Ok(false) => Ok(()),
             Ok(true) => {
+                self.leave_master_keys(&before, keystore.cluster_record());
                 self.unfollowed.store(true, Ordering::Release);
                 self.note(keystore);
                 Ok(())
@@ -281,6 +283,16 @@ impl ClusterInner {
                 }
                 Err(error)
             }
+        }
+    }
+
+    /// Another process moved the cluster away from some of the master keys: this one wraps nothing under them any more, or it
+    /// would bring them back.
+    fn leave_master_keys(&self, before: &Record, now: &Record) {
+        let has = |id: &MasterKeyId| now.wrappings.iter().any(|key| key.master_key == *id);
+        let gone: Vec<_> = before.wrappings.iter().map(|key| &key.master_key).filter(|id| !has(id)).collect();
+        if !gone.is_empty() {
+            self.wrappers.rcu(|wrappers| wrappers.without(&gone));
         }
     }
 

@@ -150,3 +150,8 @@ fn check_commitment(derived: &[u8; 32], recorded: &[u8; 32], what: &str) -> Resu
         format!("{what} is not the key that its record commits to: the record was tampered with; restore the keystore"),
     ))
 }
+
+/// Whether two payloads are the same, in a time that does not tell where they differ.
+pub(crate) fn are_same(a: &KeyPayload, b: &KeyPayload) -> Result<bool> {
+    a.with_bytes(|a| b.with_bytes(|b| constant_time_eq(a, b)))?
+}

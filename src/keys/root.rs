@@ -58,7 +58,7 @@ impl RootKeys {
         self.names.generation
     }
 
-    /// Wraps a data key's payload under the cluster key.
+    /// Wraps a data key's payload under the cluster key, and sees that it comes out again: it may be its only wrapping.
     pub(crate) fn wrap(
         &self,
         env: &Env,
@@ -68,6 +68,12 @@ impl RootKeys {
     ) -> Result<WrappedKey> {
         let blob = seal_payload(self.wrapping_key(), env, payload, &self.context(database, generation));
         let blob = blob.map_err(|error| own_failure(error.class, database, generation))?;
+        let opened = open_payload(self.wrapping_key(), &blob, &self.context(database, generation))
+            .map_err(|error| own_failure(error.class, database, generation))?;
+        if !payload::are_same(payload, &opened)? {
+            let what = format!("data key {generation} of database {database} does not come out as it was wrapped");
+            return Err(Error::damaged(format!("{what}: nothing was changed; check this machine")));
+        }
         Ok(WrappedKey { master_key: own_id(), key_version: self.generation().to_string(), blob })
     }
 

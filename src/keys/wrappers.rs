@@ -7,12 +7,12 @@ use std::cmp::Reverse;
 use std::fmt;
 use std::sync::Arc;
 
-use crate::aead::constant_time_eq;
 use crate::error::{Error, ErrorKind, KmsClass, KmsError, Result};
-use crate::format::record::{MAX_BLOB, MAX_KEY_ID, MAX_KEY_VERSION, MAX_PROVIDER, MAX_WRAPPINGS};
+use crate::format::record::{MAX_BLOB, MAX_KEY_ID, MAX_KEY_VERSION, MAX_PROVIDER, MAX_WRAPPINGS, Record};
 use crate::format::wrapped::Purpose;
 use crate::ids::MasterKeyId;
 use crate::keys::calls::{Lane, Pending};
+use crate::keys::payload::are_same;
 use crate::keys::wrapper::{KeyWrapper, WrapContext, WrappedKey};
 use crate::secret::KeyPayload;
 
@@ -123,6 +123,27 @@ impl Wrappers {
         self.0.iter().any(|lane| lane.wrapper().wrapping_is_public())
     }
 
+    /// # Errors
+    /// [`ErrorKind::Misconfigured`] if none of these master keys wraps the cluster's own keys: what they wrapped would be lost
+    /// to those that do.
+    pub(crate) fn require_any_of(&self, cluster: &Record) -> Result<()> {
+        if self.0.iter().any(|lane| has_wrapped(lane, &cluster.wrappings)) {
+            return Ok(());
+        }
+        let ids = |ids: &mut dyn Iterator<Item = &MasterKeyId>| ids.map(MasterKeyId::to_string).collect::<Vec<_>>();
+        Err(misconfigured(format!(
+            "the cluster was moved to the master keys {:?}, and {:?} are configured; use those (Cluster::use_wrappers)",
+            ids(&mut cluster.wrappings.iter().map(|key| &key.master_key)),
+            ids(&mut self.ids())
+        )))
+    }
+
+    /// These without the master keys `gone`, unless none would be left.
+    pub(crate) fn without(&self, gone: &[&MasterKeyId]) -> Self {
+        let left: Arc<[_]> = self.0.iter().filter(|lane| !gone.contains(&lane.id())).cloned().collect();
+        if left.is_empty() { self.clone() } else { Self(left) }
+    }
+
     /// The configured master keys.
     pub(crate) fn ids(&self) -> impl Iterator<Item = &MasterKeyId> {
         self.0.iter().map(Lane::id)
@@ -222,6 +243,21 @@ pub(crate) struct Wrapped {
     pub(crate) keys: Vec<WrappedKey>,
     /// The others, none of them revoked.
     pub(crate) missing: Vec<Missing>,
+}
+
+impl Wrapped {
+    /// The wrappings, if every master key that has wrapped `before` and is configured is among them: one that cannot be
+    /// reached must not lose its say by the way, nor the key one of those that open it.
+    ///
+    /// # Errors
+    /// Why one of them did not wrap it.
+    pub(crate) fn instead_of(self, before: &[WrappedKey], what: impl fmt::Display) -> Result<Vec<WrappedKey>> {
+        let had = |missing: &Missing| before.iter().any(|key| key.master_key == missing.master_key);
+        match self.missing.into_iter().find(had) {
+            None => Ok(self.keys),
+            Some(Missing { master_key, why }) => Err(Error::kms(why, &master_key, what.to_string())),
+        }
+    }
 }
 
 /// A master key that did not wrap a key, and has no say in it until it does.
@@ -365,13 +401,10 @@ fn wrap_and_verify(
 ) -> Result<WrappedKey, KmsError> {
     let wrapped = wrapper.wrap_key(payload, cx)?;
     let unwrapped = unwrap_own(wrapper, id, &wrapped, cx)?;
-    let same = payload.with_bytes(|sent| unwrapped.with_bytes(|got| constant_time_eq(sent, got)));
-    match same {
-        Ok(Ok(true)) => Ok(wrapped),
-        Ok(Ok(false)) => {
-            Err(unclassified("the wrapper unwrapped another payload than it had just wrapped; do not use it"))
-        }
-        Ok(Err(error)) | Err(error) => Err(unclassified(error)),
+    match are_same(payload, &unwrapped) {
+        Ok(true) => Ok(wrapped),
+        Ok(false) => Err(unclassified("the wrapper unwrapped another payload than it had just wrapped; do not use it")),
+        Err(error) => Err(unclassified(error)),
     }
 }
 

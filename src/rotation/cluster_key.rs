@@ -73,7 +73,9 @@ impl ClusterInner {
         let key = payload::random_key(self.env())?;
         let unwrapped = Arc::new(payload::cluster_payload(&key, &identity, self.id, generation)?);
         let commitment = payload::cluster_commitment(&key, self.id, generation)?;
-        let wrappings = wrappers.wrap(&unwrapped, &self.request(None, generation, Purpose::Cluster))?.keys;
+        let wrapped = wrappers.wrap(&unwrapped, &self.request(None, generation, Purpose::Cluster))?;
+        // An outage of one of them is no reason to leave it out: the old cluster key is good until it is back.
+        let wrappings = wrapped.instead_of(&old.wrappings, format_args!("replacing the cluster key of {}", self.id))?;
         let record = Record { generation, commitment, wrappings, created: self.now(), ..old.clone() };
         Ok((record, RootKeys::new(self.id, generation, key, &identity)?))
     }
@@ -83,7 +85,11 @@ impl ClusterInner {
         catalogue.reseal_names(|database, owner, sealed| {
             let scope = database.map_or(CLUSTER_SCOPE, |database| database.to_bytes());
             let name = old.names.open(&scope, &owner, sealed)?;
-            new.names.seal(self.env(), &scope, &owner, &name)
+            let sealed = new.names.seal(self.env(), &scope, &owner, &name)?;
+            if new.names.open(&scope, &owner, &sealed)? == name {
+                return Ok(sealed);
+            }
+            Err(Error::damaged("a name does not come out as it was sealed: nothing was changed; check this machine"))
         })?;
         if hierarchy == Hierarchy::Direct {
             return Ok(());

@@ -8,13 +8,15 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::keystore::{Hierarchy, Operation};
 use crate::format::record::Record;
 use crate::format::wrapped::Purpose;
+use crate::ids::MasterKeyId;
 use crate::keys::keystore::Keystore;
 use crate::keys::many::{UnwrapJob, WrapJob};
 use crate::keys::payload;
+use crate::keys::in_memory::Live;
 use crate::keys::root::{RootKeys, is_by_cluster_key};
 use crate::keys::wrapper::WrappedKey;
-use crate::keys::wrappers::Wrappers;
-use crate::rotation::{PART, Progress, alive, merged, rewrapped};
+use crate::keys::wrappers::{Wrapped, Wrappers};
+use crate::rotation::{KeyIds, PART, Progress, alive, id_of, merged, rewrapped};
 use crate::secret::KeyPayload;
 
 /// How often new databases of other processes are caught up with before the conversion gives up.
@@ -49,28 +51,58 @@ impl ClusterInner {
     fn set_hierarchy(&self, to: Hierarchy, progress: &dyn Fn(Progress)) -> Result<()> {
         let _moving = self.moving.lock().unwrap_or_else(PoisonError::into_inner);
         let _in_flight = self.enter()?;
+        let mut conversion = Conversion { to, done: KeyIds::new() };
         for _ in 0..ROUNDS {
             if self.look(|keystore, _| Ok(keystore.hierarchy()))? == to {
                 return Ok(());
             }
             let wrappers = self.wrappers();
-            let (root, (part, left, total)) =
-                self.look(|keystore, root| Ok((Arc::clone(root), next_part(keystore, root, &wrappers, to))))?;
+            let Round { root, cluster, part, left, total } =
+                self.look(|keystore, root| Ok(conversion.round(keystore, root, &wrappers)))?;
+            if to == Hierarchy::Direct {
+                wrappers.require_any_of(&cluster)?;
+            }
             progress(Progress { done: total - left, total });
             if part.is_empty() {
-                if self.finish_conversion(&wrappers, to)? {
+                if self.finish_conversion(&conversion, &wrappers)? {
                     return Ok(());
                 }
                 continue;
             }
+            let part = self.without_converted(&mut conversion, &root, &wrappers, &cluster, part)?;
             let wrapped = match to {
                 Hierarchy::ClusterKey => self.wrap_here(&root, &part)?,
-                Hierarchy::Direct => self.wrap_there(&wrappers, &root, &part)?,
+                Hierarchy::Direct => self.wrap_there(&wrappers, &root, &cluster, &part)?,
             };
-            self.add_wrappings(part, wrapped)?;
+            conversion.done.extend(self.add_wrappings(&cluster, part, wrapped)?);
         }
         let message = format!("other processes keep adding keys to cluster {}; try again", self.id);
         Err(Error::new(ErrorKind::InUse, message))
+    }
+
+    /// Those of these records that must be wrapped: not those that an earlier call wrapped, and that open.
+    fn without_converted(
+        &self,
+        conversion: &mut Conversion,
+        root: &RootKeys,
+        wrappers: &Wrappers,
+        cluster: &Record,
+        part: Vec<Record>,
+    ) -> Result<Vec<Record>> {
+        let (wrapped, mut left): (Vec<_>, Vec<_>) =
+            part.into_iter().partition(|record| conversion.looks_done(record, root, wrappers, cluster));
+        let good = match conversion.to {
+            Hierarchy::Direct => self.prove(wrappers, &wrapped, |key| is_required(&key.master_key, wrappers, cluster))?,
+            Hierarchy::ClusterKey => wrapped.iter().filter(|record| self.opens_here(root, record)).map(id_of).collect(),
+        };
+        left.extend(wrapped.into_iter().filter(|record| !good.contains(&id_of(record))));
+        conversion.done.extend(good);
+        Ok(left)
+    }
+
+    fn opens_here(&self, root: &RootKeys, record: &Record) -> bool {
+        let opened = root.unwrap(record).and_then(|payload| payload::accept_data(&payload, record, self.id));
+        opened.is_ok()
     }
 
     /// Unwraps by the key service, wraps under the cluster key.
@@ -84,15 +116,27 @@ impl ClusterInner {
         self.wrappers().unwrap_many(jobs, wrap).into_iter().collect()
     }
 
-    /// Unwraps under the cluster key, wraps by the key service.
-    fn wrap_there(&self, wrappers: &Wrappers, root: &RootKeys, part: &[Record]) -> Result<Vec<Vec<WrappedKey>>> {
+    /// Unwraps under the cluster key, wraps by the key service: anew also where an earlier wrapping does not open.
+    fn wrap_there(
+        &self,
+        wrappers: &Wrappers,
+        root: &RootKeys,
+        cluster: &Record,
+        part: &[Record],
+    ) -> Result<Vec<Vec<WrappedKey>>> {
         let jobs = part.iter().map(|record| {
             let unwrapped = root.unwrap(record)?;
             drop(payload::accept_data(&unwrapped, record, self.id)?);
             let request = self.request(Some(record.database), record.generation, Purpose::Data);
-            Ok(WrapJob { payload: Arc::new(unwrapped), existing: &record.wrappings, request })
+            Ok(WrapJob { payload: Arc::new(unwrapped), existing: &[], request })
         });
-        wrappers.wrap_many(jobs).into_iter().map(|wrapped| wrapped.map(|wrapped| wrapped.keys)).collect()
+        let wrapped = wrappers.wrap_many(jobs).into_iter().zip(part);
+        // The cluster key's wrapping goes at the end, and with it whoever has a say in the cluster key only.
+        let all = |(wrapped, record): (Result<Wrapped>, &Record)| {
+            let what = format!("wrapping data key {} of database {}", record.generation, record.database);
+            wrapped?.instead_of(&cluster.wrappings, what)
+        };
+        wrapped.map(all).collect()
     }
 
     pub(super) fn unwrap_job<'a>(&self, record: &'a Record) -> UnwrapJob<'a> {
@@ -100,52 +144,95 @@ impl ClusterInner {
         UnwrapJob { wrappings: &record.wrappings, request }
     }
 
-    /// Adds new wrappings to their records, as far as those are what they were.
-    pub(super) fn add_wrappings(&self, records: Vec<Record>, wrapped: Vec<Vec<WrappedKey>>) -> Result<()> {
+    /// Adds new wrappings to their records, as far as those and the cluster record are what they were. Returns to which it
+    /// did.
+    pub(super) fn add_wrappings(
+        &self,
+        cluster: &Record,
+        records: Vec<Record>,
+        wrapped: Vec<Vec<WrappedKey>>,
+    ) -> Result<KeyIds> {
         self.append(|keystore, _| {
+            if keystore.cluster_record() != cluster {
+                return Ok((Vec::new(), KeyIds::new()));
+            }
             let unchanged =
                 |record: &Record| keystore.catalogue().generation(record.database, record.generation) == Some(record);
-            let added = records.iter().zip(wrapped).filter(|(record, _)| unchanged(record));
-            let added =
-                added.map(|(record, new)| Operation::Wrapping(rewrapped(record, merged(&record.wrappings, new))));
-            Ok((added.collect(), ()))
+            let (mut operations, mut added) = (Vec::new(), KeyIds::new());
+            for (record, new) in records.iter().zip(wrapped).filter(|(record, _)| unchanged(record)) {
+                operations.push(Operation::Wrapping(rewrapped(record, merged(&record.wrappings, new))));
+                added.insert(id_of(record));
+            }
+            Ok((operations, added))
         })
     }
 
     /// Changes the hierarchy and drops the old wrappings; false if a key came meanwhile that has only those.
-    fn finish_conversion(&self, wrappers: &Wrappers, to: Hierarchy) -> Result<bool> {
+    fn finish_conversion(&self, conversion: &Conversion, wrappers: &Wrappers) -> Result<bool> {
         self.change(|keystore, root| {
-            if alive(keystore).any(|record| !is_converted(record, root, wrappers, to)) {
+            let cluster = keystore.cluster_record().clone();
+            if alive(keystore).any(|record| !conversion.is_done(record, root, wrappers, &cluster)) {
                 return Ok(false);
             }
             let kept = alive(keystore).map(|record| {
-                let keep = |key: &&WrappedKey| match to {
+                let keep = |key: &&WrappedKey| match conversion.to {
                     Hierarchy::ClusterKey => is_current(key, root),
                     Hierarchy::Direct => !is_by_cluster_key(key),
                 };
                 Operation::Wrapping(rewrapped(record, record.wrappings.iter().filter(keep).cloned().collect()))
             });
             let kept = kept.collect();
-            let under = Some((to, keystore.cluster_record().clone()));
-            keystore.rewrite(&root.mac, kept, under)?;
+            keystore.rewrite(&root.mac, kept, Some((conversion.to, cluster)))?;
             Ok(true)
         })
     }
 }
 
-/// The next records to wrap, how many are left, and how many there are.
-fn next_part(keystore: &Keystore, root: &RootKeys, wrappers: &Wrappers, to: Hierarchy) -> (Vec<Record>, usize, usize) {
-    let left: Vec<_> = alive(keystore).filter(|record| !is_converted(record, root, wrappers, to)).collect();
-    let part = left.iter().take(PART).map(|&record| record.clone()).collect();
-    (part, left.len(), alive(keystore).count())
+/// A conversion under way.
+struct Conversion {
+    to: Hierarchy,
+    /// The data keys that this call wrapped, or whose new wrappings, by an earlier one, it has seen to open.
+    done: KeyIds,
 }
 
-fn is_converted(record: &Record, root: &RootKeys, wrappers: &Wrappers, to: Hierarchy) -> bool {
-    match to {
-        Hierarchy::ClusterKey => record.wrappings.iter().any(|key| is_current(key, root)),
-        // Not by a master key that was in use when an earlier conversion was interrupted, and is not any more.
-        Hierarchy::Direct => record.wrappings.iter().any(|key| wrappers.ids().any(|id| *id == key.master_key)),
+/// What a conversion finds at the beginning of a round.
+struct Round {
+    root: Arc<Live<RootKeys>>,
+    cluster: Record,
+    /// The next records to convert, how many are left, and how many there are.
+    part: Vec<Record>,
+    left: usize,
+    total: usize,
+}
+
+impl Conversion {
+    fn round(&self, keystore: &Keystore, root: &Arc<Live<RootKeys>>, wrappers: &Wrappers) -> Round {
+        let cluster = keystore.cluster_record().clone();
+        let left: Vec<_> = alive(keystore).filter(|record| !self.is_done(record, root, wrappers, &cluster)).collect();
+        let part = left.iter().take(PART).map(|&record| record.clone()).collect();
+        let (left, total) = (left.len(), alive(keystore).count());
+        Round { root: Arc::clone(root), cluster, part, left, total }
     }
+
+    fn is_done(&self, record: &Record, root: &RootKeys, wrappers: &Wrappers, cluster: &Record) -> bool {
+        self.done.contains(&id_of(record)) && self.looks_done(record, root, wrappers, cluster)
+    }
+
+    fn looks_done(&self, record: &Record, root: &RootKeys, wrappers: &Wrappers, cluster: &Record) -> bool {
+        match self.to {
+            Hierarchy::ClusterKey => record.wrappings.iter().any(|key| is_current(key, root)),
+            Hierarchy::Direct => {
+                let has = |id: &MasterKeyId| record.wrappings.iter().any(|key| key.master_key == *id);
+                wrappers.ids().filter(|id| is_required(id, wrappers, cluster)).all(has)
+            }
+        }
+    }
+}
+
+/// Whether a master key must wrap every data key under [`Hierarchy::Direct`]: one that is configured, and wraps the cluster
+/// key. Not one that was in use when an earlier conversion was interrupted, and is not any more.
+fn is_required(id: &MasterKeyId, wrappers: &Wrappers, cluster: &Record) -> bool {
+    wrappers.ids().any(|configured| configured == id) && cluster.wrappings.iter().any(|key| key.master_key == *id)
 }
 
 /// Whether the cluster key that there is now made this wrapping. One that it replaced may have left some in a conversion

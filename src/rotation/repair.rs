@@ -3,7 +3,7 @@
 use std::sync::{Arc, PoisonError};
 
 use crate::cluster::ClusterInner;
-use crate::error::{ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::format::keystore::{Hierarchy, Operation};
 use crate::format::record::Record;
 use crate::format::wrapped::Purpose;
@@ -29,11 +29,14 @@ impl ClusterInner {
             return Ok((own, total - own));
         }
         let part: Vec<_> = lacking.data.into_iter().take(PART).collect();
-        let repaired = part.len();
-        let wrapped = self.wrap_missing(&wrappers, &part)?;
-        self.add_wrappings(part, wrapped)?;
+        let cluster = self.look(|keystore, _| Ok(keystore.cluster_record().clone()))?;
+        let (records, wrapped, failed) = self.wrap_missing(&wrappers, part);
+        let repaired = self.add_wrappings(&cluster, records, wrapped)?.len();
         let left = self.look(|keystore, _| Ok(Lacking::find(keystore, &wrappers).len()))?;
-        Ok(((own + repaired).min(total.saturating_sub(left)), left))
+        match failed {
+            Some(error) => Err(error),
+            None => Ok(((own + repaired).min(total.saturating_sub(left)), left)),
+        }
     }
 
     /// The cluster record and the probe. The second answer is whether none of them lacks a wrapping any more.
@@ -80,7 +83,13 @@ impl ClusterInner {
         }
     }
 
-    fn wrap_missing(&self, wrappers: &Wrappers, part: &[Record]) -> Result<Vec<Vec<WrappedKey>>> {
+    /// Those that could be wrapped, with their wrappings, and the first failure: one key that cannot be repaired keeps no
+    /// other from it.
+    fn wrap_missing(
+        &self,
+        wrappers: &Wrappers,
+        part: Vec<Record>,
+    ) -> (Vec<Record>, Vec<Vec<WrappedKey>>, Option<Error>) {
         let jobs = part.iter().map(|record| self.unwrap_job(record));
         let accept = |at: usize, unwrapped: &KeyPayload| {
             drop(payload::accept_data(unwrapped, &part[at], self.id)?);
@@ -91,7 +100,20 @@ impl ClusterInner {
             let request = self.request(Some(record.database), record.generation, Purpose::Data);
             Ok(WrapJob { payload: Arc::new(unwrapped?), existing: &record.wrappings, request })
         });
-        wrappers.wrap_many(jobs).into_iter().map(|wrapped| wrapped.map(|wrapped| wrapped.keys)).collect()
+        let outcomes = wrappers.wrap_many(jobs);
+        let (mut records, mut wrapped, mut failed) = (Vec::new(), Vec::new(), None);
+        for (record, outcome) in part.into_iter().zip(outcomes) {
+            match outcome {
+                // None of those that are missing answers: later.
+                Ok(outcome) if outcome.keys.is_empty() => {}
+                Ok(outcome) => {
+                    records.push(record);
+                    wrapped.push(outcome.keys);
+                }
+                Err(error) => failed = failed.or(Some(error)),
+            }
+        }
+        (records, wrapped, failed)
     }
 }
 

@@ -1,21 +1,19 @@
 //! Moving a cluster to other master keys, or to new versions of those it has: the same keys, wrapped anew.
 
-use std::collections::HashSet;
 use std::sync::PoisonError;
 
 use crate::cluster::{Cluster, ClusterInner, check_providers};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::keystore::{Hierarchy, Operation};
-use crate::format::record::Record;
+use crate::format::record::{MAX_WRAPPINGS, Record};
 use crate::format::wrapped::Purpose;
-use crate::ids::{DatabaseId, Generation};
 use crate::keys::keystore::Keystore;
 use crate::keys::many::RewrapJob;
 use crate::keys::payload;
 use crate::keys::root::is_by_cluster_key;
 use crate::keys::wrapper::WrappedKey;
-use crate::keys::wrappers::{Missing, Wrapped, Wrappers};
-use crate::rotation::{PART, Progress, alive, rewrapped, same_key};
+use crate::keys::wrappers::{Wrapped, Wrappers};
+use crate::rotation::{KeyIds, PART, Progress, alive, id_of, rewrapped, same_key};
 use crate::secret::KeyPayload;
 
 /// How often what other processes changed is caught up with before the rewrap gives up.
@@ -28,8 +26,8 @@ impl Cluster {
     /// overwritten blocks), and this process uses `to`. Under [`Hierarchy::ClusterKey`] that is two keys, whatever the number
     /// of databases. After an interruption the same call goes on where it was.
     ///
-    /// A master key of `to` that cannot be reached is left out, and wraps later ([`Cluster::maintain`]); one that is revoked
-    /// stops the rewrap. Other processes need [`Cluster::use_wrappers`], before this is called with both, or after it.
+    /// A master key of `to` that is new and cannot be reached is left out, and wraps later ([`Cluster::maintain`]); one that is
+    /// in use already and cannot be reached, or is revoked, stops the rewrap. Other processes need [`Cluster::use_wrappers`], before this is called with both, or after it.
     ///
     /// Data keys stay the same: whoever could unwrap them before may have kept them. To lock somebody out, rotate too.
     ///
@@ -67,8 +65,8 @@ struct Own {
     probe: Record,
     /// A master key that wrapped before wraps now, and names no version: an old wrapping looks like a new one.
     unversioned: bool,
-    /// The data keys that were rewrapped by this call.
-    done: HashSet<(DatabaseId, Generation)>,
+    /// The data keys that this call rewrapped, or whose new wrappings, by an earlier one, it has seen to open.
+    done: KeyIds,
 }
 
 impl ClusterInner {
@@ -88,9 +86,9 @@ impl ClusterInner {
             let (part, left, total) = self.look(|keystore, _| Ok(own.next_part(keystore)))?;
             progress(Progress { done: total - left, total });
             if !part.is_empty() {
-                let wrapped = self.rewrap_part(&old, &to, &part)?;
-                own.done.extend(part.iter().map(|record| (record.database, record.generation)));
-                self.add_wrappings(part, wrapped)?;
+                let part = self.without_proved(&to, &mut own, part)?;
+                let wrapped = self.rewrap_part(&old, &to, &own, &part)?;
+                own.done.extend(self.add_wrappings(&own.old_cluster, part, wrapped)?);
                 continue;
             }
             if !own.done.is_empty() {
@@ -132,24 +130,49 @@ impl ClusterInner {
         })?;
         let request = self.request(None, old_cluster.generation, Purpose::Cluster);
         let accept = |unwrapped: &KeyPayload| payload::accept_cluster(unwrapped, &old_cluster, self.id).map(drop);
-        let cluster = to.rewrap(old, &old_cluster.wrappings, &request, accept)?.keys;
+        let what = format_args!("rewrapping the cluster key of {}", self.id);
+        let cluster = to.rewrap(old, &old_cluster.wrappings, &request, accept)?;
+        let cluster = cluster.instead_of(&old_cluster.wrappings, what)?;
         let request = self.request(None, old_probe.generation, Purpose::Probe);
         let accept = |unwrapped: &KeyPayload| payload::accept_probe(unwrapped, self.id);
-        let probe = to.rewrap(old, &old_probe.wrappings, &request, accept)?.keys;
+        let probe = to.rewrap(old, &old_probe.wrappings, &request, accept)?.instead_of(&old_probe.wrappings, what)?;
+        check_room(&old_cluster.wrappings, &cluster)?;
         let (cluster, probe) = (rewrapped(&old_cluster, cluster), rewrapped(&old_probe, probe));
         let unversioned =
             cluster.wrappings.iter().any(|new| new.key_version.is_empty() && old.ids().any(|id| *id == new.master_key));
-        Ok(Own { old_cluster, cluster, old_probe, probe, unversioned, done: HashSet::new() })
+        Ok(Own { old_cluster, cluster, old_probe, probe, unversioned, done: KeyIds::new() })
     }
 
-    fn rewrap_part(&self, old: &Wrappers, to: &Wrappers, part: &[Record]) -> Result<Vec<Vec<WrappedKey>>> {
+    /// Those of these records that must be wrapped: not those that an earlier call wrapped, and that open.
+    fn without_proved(&self, to: &Wrappers, own: &mut Own, part: Vec<Record>) -> Result<Vec<Record>> {
+        let (wrapped, mut left): (Vec<_>, Vec<_>) = part.into_iter().partition(|record| own.looks_done(record));
+        let good = self.prove(to, &wrapped, |key| own.is_new(key))?;
+        left.extend(wrapped.into_iter().filter(|record| !good.contains(&id_of(record))));
+        own.done.extend(good);
+        Ok(left)
+    }
+
+    fn rewrap_part(
+        &self,
+        old: &Wrappers,
+        to: &Wrappers,
+        own: &Own,
+        part: &[Record],
+    ) -> Result<Vec<Vec<WrappedKey>>> {
+        part.iter().try_for_each(|record| check_room(&record.wrappings, &own.cluster.wrappings))?;
         let jobs = part.iter().map(|record| RewrapJob {
             existing: &record.wrappings,
             request: self.request(Some(record.database), record.generation, Purpose::Data),
         });
         let accept = |at: usize, unwrapped: &KeyPayload| payload::accept_data(unwrapped, &part[at], self.id).map(drop);
         let rewrapped = to.rewrap_many(old, jobs, accept).into_iter().zip(part);
-        rewrapped.map(|(wrapped, record)| all_wrapped(wrapped?, record)).collect()
+        // All of those answered for the cluster key, so one that does not any more is an outage: better wait than go on
+        // without what it would wrap.
+        let all = |(wrapped, record): (Result<Wrapped>, &Record)| {
+            let what = format!("rewrapping data key {} of database {}", record.generation, record.database);
+            wrapped?.instead_of(&own.cluster.wrappings, what)
+        };
+        rewrapped.map(all).collect()
     }
 
     /// Drops the old wrappings; false if something came meanwhile that has only those.
@@ -176,16 +199,18 @@ impl ClusterInner {
     }
 }
 
-/// All master keys answered for the cluster key, so one that does not any more is an outage: better wait than go on without
-/// what it would wrap.
-fn all_wrapped(wrapped: Wrapped, record: &Record) -> Result<Vec<WrappedKey>> {
-    match wrapped.missing.into_iter().next() {
-        None => Ok(wrapped.keys),
-        Some(Missing { master_key, why }) => {
-            let what = format!("rewrapping data key {} of database {}", record.generation, record.database);
-            Err(Error::kms(why, &master_key, what))
-        }
+/// Old and new wrappings stand in a record together until the end.
+fn check_room(old: &[WrappedKey], new: &[WrappedKey]) -> Result<()> {
+    let kept = old.iter().filter(|old| !new.iter().any(|new| same_key(old, new))).count();
+    if kept + new.len() <= MAX_WRAPPINGS {
+        return Ok(());
     }
+    let message = format!(
+        "{kept} old and {} new master keys are more than the {MAX_WRAPPINGS} that a key can be wrapped under at once; rewrap to \
+         fewer first",
+        new.len()
+    );
+    Err(Error::new(ErrorKind::Misconfigured, message))
 }
 
 impl Own {
@@ -200,8 +225,16 @@ impl Own {
     }
 
     fn is_done(&self, record: &Record) -> bool {
-        let known = !self.unversioned || self.done.contains(&(record.database, record.generation));
-        known && self.cluster.wrappings.iter().all(|new| record.wrappings.iter().any(|key| same_key(new, key)))
+        self.done.contains(&id_of(record)) && self.has_all(record)
+    }
+
+    /// Whether an earlier call seems to have rewrapped it.
+    fn looks_done(&self, record: &Record) -> bool {
+        !self.unversioned && self.has_all(record)
+    }
+
+    fn has_all(&self, record: &Record) -> bool {
+        self.cluster.wrappings.iter().all(|new| record.wrappings.iter().any(|key| same_key(new, key)))
     }
 
     /// The next records to rewrap, how many are left, and how many there are.

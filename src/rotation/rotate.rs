@@ -40,14 +40,14 @@ impl Database {
         let next = next.ok_or_else(|| Error::invalid(format!("database {id} has had all 2^24 - 1 generations")))?;
         let key = cluster.draw_data_key(next, cluster.options.suite)?;
         // No lock is held while the key service is called.
-        let record = cluster.wrap_data_key(&key, id)?;
+        let new = cluster.wrap_data_key(&key, id)?;
         let hold = cluster.locks.hold(id, next)? as Hold;
         let persisted = cluster.append(|keystore, root| {
-            if !keystore.hierarchy().wraps(&record) || !root.still_wraps(&record) {
+            if !new.fits(keystore, root) {
                 return Ok((Vec::new(), false));
             }
             match keystore.catalogue().generations(id).next_back() {
-                Some(now) if *now == last => Ok((rotation(&last, record), true)),
+                Some(now) if *now == last => Ok((rotation(&last, new.record), true)),
                 _ => Ok((Vec::new(), false)),
             }
         })?;

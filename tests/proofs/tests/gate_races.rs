@@ -10,60 +10,10 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use house::{AT, House, Recorder, kind, quick, seal};
+use house::{AT, Hooked, House, Recorder, kind, quick, seal};
 use pageseal::{
-    Cluster, Error, ErrorKind, Hierarchy, Inline, KeyPayload, KeyWrapper, KmsClass, KmsError, MasterKeyId, OVERHEAD,
-    PageError, PageJob, Pool, Purpose, WrapContext, WrappedKey, Wrappers,
+    Cluster, Error, ErrorKind, Hierarchy, Inline, KeyWrapper, KmsClass, OVERHEAD, PageError, PageJob, Pool, Wrappers,
 };
-
-type Call = Box<dyn FnOnce() + Send>;
-
-/// A master key that does something in the middle of its next call, once.
-#[derive(Clone)]
-struct Hooked {
-    key: Recorder,
-    next: Arc<Mutex<Option<Call>>>,
-}
-
-impl Hooked {
-    fn new(name: &str) -> Self {
-        Self { key: Recorder::new(name), next: Arc::default() }
-    }
-
-    fn arm(&self, call: impl FnOnce() + Send + 'static) {
-        *self.next.lock().unwrap() = Some(Box::new(call));
-    }
-
-    fn is_armed(&self) -> bool {
-        self.next.lock().unwrap().is_some()
-    }
-
-    fn fire(&self, cx: &WrapContext<'_>) {
-        if cx.purpose == Purpose::Probe {
-            return;
-        }
-        let call = self.next.lock().unwrap().take();
-        if let Some(call) = call {
-            call();
-        }
-    }
-}
-
-impl KeyWrapper for Hooked {
-    fn id(&self) -> MasterKeyId {
-        self.key.id()
-    }
-
-    fn wrap_key(&self, key: &KeyPayload, cx: &WrapContext<'_>) -> Result<WrappedKey, KmsError> {
-        self.fire(cx);
-        self.key.wrap_key(key, cx)
-    }
-
-    fn unwrap_key(&self, key: &WrappedKey, cx: &WrapContext<'_>) -> Result<KeyPayload, KmsError> {
-        self.fire(cx);
-        self.key.unwrap_key(key, cx)
-    }
-}
 
 /// A cluster with an open database `a` and one that is not open, `b`.
 struct Scene {

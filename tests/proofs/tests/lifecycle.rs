@@ -13,7 +13,8 @@ use std::time::Duration;
 
 use common::{copy_directory, generation};
 use house::{
-    House, Recorder, all_of, append, contains, generation_of, kind, opens, quick, read, seal, small_file, traces,
+    Filled, House, Recorder, all_of, append, contains, generation_of, kind, opens, quick, read, seal, small_file,
+    traces,
 };
 use pageseal::{
     Cluster, ClusterOptions, Database, ErrorKind, Generation, Hierarchy, KeyPayload, KeyWrapper, KmsClass, KmsError,
@@ -28,32 +29,6 @@ fn start(hierarchy: Hierarchy) -> (House, Recorder, Cluster) {
     let (house, key) = (House::new(), Recorder::new("k"));
     let cluster = house.create(quick().hierarchy(hierarchy), &key);
     (house, key, cluster)
-}
-
-/// Databases with a page each, and the pages.
-struct Filled {
-    names: Vec<String>,
-    pages: Vec<Vec<u8>>,
-}
-
-impl Filled {
-    fn new(cluster: &Cluster, databases: u8) -> Self {
-        let names: Vec<_> = (0..databases).map(|number| format!("d{number}")).collect();
-        let page =
-            |(number, name): (u8, &String)| seal(&cluster.create_database(name).unwrap().cipher().unwrap(), number);
-        let pages = (0..).zip(&names).map(page).collect();
-        Self { names, pages }
-    }
-
-    /// Every database opens, and every page in it.
-    fn check(&self, cluster: &Cluster) -> Result<(), pageseal::Error> {
-        let names = cluster.databases()?;
-        assert!(self.names.iter().all(|name| names.contains(name)), "{names:?}");
-        for ((name, page), number) in self.names.iter().zip(&self.pages).zip(0..) {
-            opens(&cluster.database(name)?.cipher()?, page, number)?;
-        }
-        Ok(())
-    }
 }
 
 /// Calls itself as a cluster key's wrappings are called in the keystore.

@@ -265,3 +265,85 @@ impl KeyWrapper for Recorder {
         self.key.wrapping_is_public()
     }
 }
+
+/// Databases with a page each, and the pages.
+pub struct Filled {
+    pub names: Vec<String>,
+    pub pages: Vec<Vec<u8>>,
+}
+
+impl Filled {
+    pub fn new(cluster: &Cluster, databases: u8) -> Self {
+        let names: Vec<_> = (0..databases).map(|number| format!("d{number}")).collect();
+        let page =
+            |(number, name): (u8, &String)| seal(&cluster.create_database(name).unwrap().cipher().unwrap(), number);
+        let pages = (0..).zip(&names).map(page).collect();
+        Self { names, pages }
+    }
+
+    /// Every database opens, and every page in it.
+    pub fn check(&self, cluster: &Cluster) -> Result<(), Error> {
+        let names = cluster.databases()?;
+        assert!(self.names.iter().all(|name| names.contains(name)), "{names:?}");
+        for ((name, page), number) in self.names.iter().zip(&self.pages).zip(0..) {
+            opens(&cluster.database(name)?.cipher()?, page, number)?;
+        }
+        Ok(())
+    }
+}
+
+type Call = Box<dyn FnOnce() + Send>;
+
+/// A master key that does something in the middle of its next call, once.
+#[derive(Clone)]
+pub struct Hooked {
+    pub key: Recorder,
+    next: Arc<Mutex<Option<(bool, Call)>>>,
+}
+
+impl Hooked {
+    pub fn new(name: &str) -> Self {
+        Self { key: Recorder::new(name), next: Arc::default() }
+    }
+
+    pub fn arm(&self, call: impl FnOnce() + Send + 'static) {
+        *self.next.lock().unwrap() = Some((false, Box::new(call)));
+    }
+
+    /// In the next call about a data key.
+    pub fn arm_for_data(&self, call: impl FnOnce() + Send + 'static) {
+        *self.next.lock().unwrap() = Some((true, Box::new(call)));
+    }
+
+    pub fn is_armed(&self) -> bool {
+        self.next.lock().unwrap().is_some()
+    }
+
+    pub fn fire(&self, cx: &WrapContext<'_>) {
+        let wanted = |(data, _): &mut (bool, Call)| match cx.purpose {
+            Purpose::Probe => false,
+            Purpose::Data => true,
+            _ => !*data,
+        };
+        let call = self.next.lock().unwrap().take_if(wanted);
+        if let Some((_, call)) = call {
+            call();
+        }
+    }
+}
+
+impl KeyWrapper for Hooked {
+    fn id(&self) -> MasterKeyId {
+        self.key.id()
+    }
+
+    fn wrap_key(&self, key: &KeyPayload, cx: &WrapContext<'_>) -> Result<WrappedKey, KmsError> {
+        self.fire(cx);
+        self.key.wrap_key(key, cx)
+    }
+
+    fn unwrap_key(&self, key: &WrappedKey, cx: &WrapContext<'_>) -> Result<KeyPayload, KmsError> {
+        self.fire(cx);
+        self.key.unwrap_key(key, cx)
+    }
+}
