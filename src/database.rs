@@ -100,14 +100,14 @@ impl Database {
     pub fn generations_in_flight(&self) -> Result<Vec<Generation>> {
         let (cluster, id) = (self.cluster(), self.id());
         cluster.look(|keystore, _| {
-            let all: Vec<_> = keystore.catalogue().generations(id).map(|record| record.generation).collect();
+            let all: Vec<_> = keystore.catalogue().generations(id).collect();
             let (_, older) = all
                 .split_last()
                 .ok_or_else(|| Error::new(ErrorKind::NotFound, format!("database {id} was dropped")))?;
             let mut held = Vec::new();
-            for &generation in older {
-                if cluster.locks.try_destroy(id, generation)?.is_err() {
-                    held.push(generation);
+            for record in older {
+                if cluster.locks.try_destroy(record)?.is_err() {
+                    held.push(record.generation);
                 }
             }
             Ok(held)

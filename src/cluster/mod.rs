@@ -21,7 +21,6 @@ use crate::format::record::{KeyState, Record};
 use crate::format::wrapped::Purpose;
 use crate::ids::{ClusterId, DatabaseId, Generation, SealId};
 use crate::keys::chain::CopyState;
-use crate::keys::keyring::Hold;
 use crate::keys::keystore::{Keystore, UnverifiedKeystore};
 use crate::keys::names::{CLUSTER_SCOPE, check_name};
 use crate::keys::payload;
@@ -195,20 +194,20 @@ impl Cluster {
             let key = inner.draw_data_key(Generation::FIRST, inner.options.suite)?;
             // No lock is held while the key service is called.
             let new = inner.wrap_data_key(&key, id)?;
-            let hold = inner.locks.hold(id, key.generation)? as Hold;
             let persisted = inner.append(|keystore, root| {
                 let look_up = root.names.look_up(&CLUSTER_SCOPE, name)?;
                 if keystore.catalogue().find_database(&look_up).is_some() {
                     return Err(exists());
                 }
                 if !new.fits(keystore, root) {
-                    return Ok((Vec::new(), false));
+                    return Ok((Vec::new(), None));
                 }
+                let (record, hold) = inner.numbered(new.record, keystore)?;
                 let sealed = root.names.seal(inner.env(), &CLUSTER_SCOPE, &id.to_bytes(), name)?;
                 let name = SealedName { lookup: look_up, sealed };
-                Ok((vec![Operation::Database { database: id, name }, Operation::Generation(new.record)], true))
+                Ok((vec![Operation::Database { database: id, name }, Operation::Generation(record)], Some(hold)))
             })?;
-            if persisted {
+            if let Some(hold) = persisted {
                 break (key, hold);
             }
             // The cluster was moved to other keys meanwhile: wrapped for nothing.
@@ -337,6 +336,7 @@ fn wrap_own(
         purpose,
         created: (options.env.now)().as_secs(),
         commitment,
+        lock: 0,
         wrappings,
     })
 }

@@ -48,7 +48,7 @@ impl ClusterInner {
             self.look(|keystore, _| Ok((keystore.hierarchy(), keystore.cluster_record().clone())))?;
         let wrappings = match hierarchy {
             Hierarchy::Direct => {
-                let wrappers = self.wrappers();
+                let wrappers = self.wrapping_keys();
                 wrappers.require_any_of(&cluster)?;
                 let request = self.request(Some(database), key.generation, Purpose::Data);
                 wrappers.wrap(&wrapped, &request)?.keys
@@ -56,6 +56,15 @@ impl ClusterInner {
             Hierarchy::ClusterKey => vec![self.root()?.wrap(self.env(), &wrapped, database, key.generation)?],
         };
         Ok(NewRecord { record: self.data_record(key, database, commitment, wrappings), cluster })
+    }
+
+    /// The record with the number of its lock, held before anybody can read it. To be called under the lock under which it is
+    /// written.
+    pub(crate) fn numbered(&self, mut record: Record, keystore: &Keystore) -> Result<(Record, Hold)> {
+        let number = keystore.catalogue().next_lock();
+        record.lock = number.ok_or_else(|| Error::invalid("the cluster has had all 2^32 - 1 locks of data keys"))?;
+        let hold = self.locks.hold(&record)?;
+        Ok((record, hold))
     }
 
     fn data_record(
@@ -74,6 +83,8 @@ impl ClusterInner {
             purpose: Purpose::Data,
             created: self.now(),
             commitment,
+            // Given when it is written: see `numbered`.
+            lock: 0,
             wrappings,
         }
     }
@@ -177,7 +188,7 @@ impl ClusterInner {
     ) -> Result<HashMap<DatabaseId, Keys>> {
         let mut opened = HashMap::new();
         for (id, records) in databases {
-            opened.insert(*id, (Vec::new(), self.hold_newest(*id, records)?));
+            opened.insert(*id, (Vec::new(), self.hold_newest(records)?));
         }
         let alive = |record: &&Record| record.state != KeyState::Destroyed;
         let all: Vec<_> = databases.iter().flat_map(|(_, records)| records).filter(alive).cloned().collect();
@@ -199,7 +210,7 @@ impl ClusterInner {
     pub(super) fn newest_keys(&self, id: DatabaseId) -> Result<Keys> {
         for _ in 0..TRIES {
             let Wrapped { root, hierarchy, records } = self.data_records(id)?;
-            let hold = match self.hold_newest(id, &records) {
+            let hold = match self.hold_newest(&records) {
                 // Not the newest any more, and being destroyed or looked at.
                 Err(error) if error.kind() == ErrorKind::InUse => {
                     std::thread::sleep(PAUSE);
@@ -227,11 +238,8 @@ impl ClusterInner {
         })
     }
 
-    fn hold_newest(&self, id: DatabaseId, records: &[Record]) -> Result<Option<Hold>> {
-        match newest_of(records) {
-            Some(generation) => Ok(Some(self.locks.hold(id, generation)? as Hold)),
-            None => Ok(None),
-        }
+    fn hold_newest(&self, records: &[Record]) -> Result<Option<Hold>> {
+        records.last().map(|newest| Ok(self.locks.hold(newest)? as Hold)).transpose()
     }
 
     fn alive_generations(&self, id: DatabaseId) -> Result<Vec<(Generation, SealId)>> {
@@ -317,7 +325,7 @@ impl ClusterInner {
         if open.generations() == current {
             return Ok(true);
         }
-        let hold = self.hold_newest(id, &records)?;
+        let hold = self.hold_newest(&records)?;
         let unknown: Vec<_> = records.iter().filter(|record| open.find(record.generation).is_none()).cloned().collect();
         drop(open);
         let keys = self.unwrap_data_keys(&root, hierarchy, &unknown)?;
@@ -343,7 +351,8 @@ impl NewRecord {
         let by_master_keys = keystore.hierarchy() == Hierarchy::Direct;
         keystore.hierarchy().wraps(&self.record)
             && root.still_wraps(&self.record)
-            && (!by_master_keys || *keystore.cluster_record() == self.cluster && shares_a_key(&self.record, &self.cluster))
+            && (!by_master_keys
+                || *keystore.cluster_record() == self.cluster && shares_a_key(&self.record, &self.cluster))
     }
 }
 
@@ -362,10 +371,6 @@ struct Wrapped {
     root: Arc<Live<RootKeys>>,
     hierarchy: Hierarchy,
     records: Vec<Record>,
-}
-
-pub(super) fn newest_of(records: &[Record]) -> Option<Generation> {
-    records.last().map(|record| record.generation)
 }
 
 /// The generations that are not destroyed, with what tells their keys apart.

@@ -48,6 +48,8 @@ pub(crate) struct ClusterInner {
     pub(crate) locks: Arc<LockFile>,
     pub(super) store: Arc<FileStore>,
     wrappers: ArcSwap<Wrappers>,
+    /// Those of them that another process moved the cluster away from: nothing is wrapped under them any more.
+    left: Mutex<Vec<MasterKeyId>>,
     /// None while the cluster is disabled.
     root: ArcSwapOption<Live<RootKeys>>,
     /// Says whether the cluster's own keys are in memory, or those of a database, or anything that they come out of.
@@ -98,6 +100,7 @@ impl ClusterInner {
             locks,
             store,
             wrappers: ArcSwap::from_pointee(wrappers),
+            left: Mutex::default(),
             root: ArcSwapOption::new(Some(Live::new(root, in_memory.mark()))),
             in_memory,
             fork,
@@ -141,8 +144,19 @@ impl ClusterInner {
         self.wrappers.load_full()
     }
 
+    /// Those of them that keys are wrapped under.
+    pub(crate) fn wrapping_keys(&self) -> Arc<Wrappers> {
+        let (wrappers, left) = (self.wrappers(), self.left());
+        if left.is_empty() { wrappers } else { Arc::new(wrappers.without(&left)) }
+    }
+
     pub(crate) fn set_wrappers(&self, wrappers: Wrappers) {
+        self.left().clear();
         self.wrappers.store(Arc::new(wrappers));
+    }
+
+    fn left(&self) -> MutexGuard<'_, Vec<MasterKeyId>> {
+        self.left.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A call to a key service about one key of this cluster.
@@ -272,7 +286,7 @@ impl ClusterInner {
         match keystore.catch_up(&root.mac) {
             Ok(false) => Ok(()),
             Ok(true) => {
-                self.leave_master_keys(&before, keystore.cluster_record());
+                self.note_master_keys(&before, keystore.cluster_record());
                 self.unfollowed.store(true, Ordering::Release);
                 self.note(keystore);
                 Ok(())
@@ -286,14 +300,13 @@ impl ClusterInner {
         }
     }
 
-    /// Another process moved the cluster away from some of the master keys: this one wraps nothing under them any more, or it
-    /// would bring them back.
-    fn leave_master_keys(&self, before: &Record, now: &Record) {
+    /// Another process moved the cluster away from some of the master keys, and perhaps back to others: this one wraps nothing
+    /// under those that are gone, or it would bring them back.
+    fn note_master_keys(&self, before: &Record, now: &Record) {
         let has = |id: &MasterKeyId| now.wrappings.iter().any(|key| key.master_key == *id);
-        let gone: Vec<_> = before.wrappings.iter().map(|key| &key.master_key).filter(|id| !has(id)).collect();
-        if !gone.is_empty() {
-            self.wrappers.rcu(|wrappers| wrappers.without(&gone));
-        }
+        let mut left = self.left();
+        left.extend(before.wrappings.iter().map(|key| key.master_key.clone()));
+        left.retain(|id| !has(id));
     }
 
     /// Not what a power cut may still take away: a page file that noted it would be refused ever after.

@@ -113,7 +113,7 @@ impl ClusterInner {
         let alive = keystore.catalogue().generations(id).filter(|record| record.state != KeyState::Destroyed);
         alive
             .map(|record| {
-                let taken = self.locks.try_take_from_others(id, record.generation)?;
+                let taken = self.locks.try_take_from_others(record)?;
                 taken.map_err(|_| {
                     let message =
                         format!("another process has database {id} open; close it there before it is dropped");
@@ -153,9 +153,11 @@ impl ClusterInner {
         }
         self.change(|keystore, root| {
             self.refuse_if_needed(keystore, root, database, generation)?;
-            let record = keystore.catalogue().generation(database, generation);
-            let shredded = shredded(keystore, database, &record.into_iter().collect::<Vec<_>>());
-            let _lock = self.take_generation(database, generation)?;
+            let missing =
+                || Error::new(ErrorKind::NotFound, format!("database {database} has no generation {generation}"));
+            let record = keystore.catalogue().generation(database, generation).ok_or_else(missing)?;
+            let shredded = shredded(keystore, database, &[record]);
+            let _lock = self.take_generation(record)?;
             let state = Operation::State { database, generation, state: KeyState::Destroyed };
             keystore.rewrite(&root.mac, vec![state], None)?;
             Ok(shredded)
@@ -171,11 +173,12 @@ impl ClusterInner {
     ) -> Result<Vec<Destroying>> {
         let records = keystore.catalogue().generations(database);
         let older = records.filter(|record| record.generation < below && record.state != KeyState::Destroyed);
-        older.map(|record| self.take_generation(database, record.generation)).collect()
+        older.map(|record| self.take_generation(record)).collect()
     }
 
-    fn take_generation(&self, database: DatabaseId, generation: Generation) -> Result<Destroying> {
-        let taken = self.locks.try_destroy(database, generation)?;
+    fn take_generation(&self, record: &Record) -> Result<Destroying> {
+        let (database, generation) = (record.database, record.generation);
+        let taken = self.locks.try_destroy(record)?;
         taken.map_err(|holder| {
             let holder = match holder {
                 Holder::ThisProcess => "this process has operations in flight that seal under it; try again",

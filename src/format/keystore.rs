@@ -514,12 +514,12 @@ mod tests {
         assert_eq!(encoded(&database), golden);
 
         let record = record_bytes(&data_record(0xd2, 1));
-        assert_eq!(record.len(), 0x67);
-        let golden = [b"\x04\x00\x00\x00\x67\x00\x00\x00".to_vec(), record].concat();
+        assert_eq!(record.len(), 0x6b);
+        let golden = [b"\x04\x00\x00\x00\x6b\x00\x00\x00".to_vec(), record].concat();
         assert_eq!(encoded(&generation), golden);
 
         let record = record_bytes(&cluster_record(Purpose::Probe));
-        let golden = [b"\x07\x00\x00\x00\x67\x00\x00\x00".to_vec(), record].concat();
+        let golden = [b"\x07\x00\x00\x00\x6b\x00\x00\x00".to_vec(), record].concat();
         assert_eq!(encoded(&probe), golden);
 
         let mut golden = b"\x08\x00\x00\x00\x4d\x00\x00\x00\x02\x00\x00\x00".to_vec();

@@ -14,13 +14,13 @@ pub(crate) const MAX_KEY_ID: usize = 1024;
 pub(crate) const MAX_KEY_VERSION: usize = 255;
 
 /// Everything before the wrappings.
-const FIXED_LEN: usize = 16 + 3 + 1 + 16 + 1 + 1 + 2 + 8 + 32 + 1;
+const FIXED_LEN: usize = 16 + 3 + 1 + 16 + 1 + 1 + 2 + 8 + 32 + 4 + 1;
 /// Four lengths of two bytes, and what they bound.
 const MAX_WRAPPING_LEN: usize = 4 * 2 + MAX_PROVIDER + MAX_KEY_ID + MAX_KEY_VERSION + MAX_BLOB;
-/// The longest record: 45,185 bytes.
+/// The longest record: 45,189 bytes.
 pub(crate) const MAX_RECORD_LEN: usize = FIXED_LEN + MAX_WRAPPINGS * MAX_WRAPPING_LEN;
 
-const _: () = assert!(FIXED_LEN == 81 && MAX_RECORD_LEN == 45_185);
+const _: () = assert!(FIXED_LEN == 85 && MAX_RECORD_LEN == 45_189);
 
 /// Whether a key may still be used.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -59,6 +59,8 @@ pub(crate) struct Record {
     pub(crate) created: u64,
     /// Public, derived from the key: tells, after an unwrap, that it is the right one.
     pub(crate) commitment: [u8; 32],
+    /// The number of its lock among processes: no other data key of the cluster has it. 0 exactly for cluster keys and probes.
+    pub(crate) lock: u32,
     /// The same key under each of several master keys. Empty for a destroyed key, and only for one.
     pub(crate) wrappings: Vec<WrappedKey>,
 }
@@ -75,6 +77,7 @@ impl Record {
         out.extend([self.state as u8, self.purpose as u8, 0, 0]);
         out.extend(self.created.to_le_bytes());
         out.extend(self.commitment);
+        out.extend(self.lock.to_le_bytes());
         out.push(count);
         self.wrappings.iter().try_for_each(|wrapping| {
             put_short(out, wrapping.master_key.provider.as_bytes())?;
@@ -95,12 +98,13 @@ impl Record {
         reader.zeros(2)?;
         let created = reader.u64()?;
         let commitment = reader.array()?;
+        let lock = reader.u32()?;
         let count = usize::from(reader.u8()?);
         if count > MAX_WRAPPINGS {
             return Err(Malformed("it has more than 8 wrappings"));
         }
         let wrappings = (0..count).map(|_| decode_wrapping(reader)).collect::<Result<_, _>>()?;
-        let record = Self { database, generation, suite, seal, state, purpose, created, commitment, wrappings };
+        let record = Self { database, generation, suite, seal, state, purpose, created, commitment, lock, wrappings };
         record.check()?;
         Ok(record)
     }
@@ -110,6 +114,9 @@ impl Record {
         let no_database = self.database.to_bytes() == [0; 16];
         if no_database == (self.purpose == Purpose::Data) {
             return Err(Malformed("a data key names its database, a cluster key and a probe name none"));
+        }
+        if no_database != (self.lock == 0) {
+            return Err(Malformed("a data key has a lock, a cluster key and a probe have none"));
         }
         if self.wrappings.is_empty() != (self.state == KeyState::Destroyed) {
             return Err(Malformed("a destroyed key has no wrapping, any other has at least one"));
@@ -170,13 +177,15 @@ pub(crate) mod tests {
             purpose: Purpose::Data,
             created: 0x0102_0304_0506_0708,
             commitment: [0xc7; 32],
+            lock: u32::from(database) << 24 | generation,
             wrappings: vec![wrapping("prov", "key-1", "v2", &[0xb1, 0xb2, 0xb3])],
         }
     }
 
     /// A cluster key's or a probe's record.
     pub(crate) fn cluster_record(purpose: Purpose) -> Record {
-        Record { database: DatabaseId::from_bytes([0; 16]), suite: Suite::Aes256Gcm, purpose, ..data_record(1, 1) }
+        let database = DatabaseId::from_bytes([0; 16]);
+        Record { database, suite: Suite::Aes256Gcm, purpose, lock: 0, ..data_record(1, 1) }
     }
 
     pub(crate) fn wrapping(provider: &str, key: &str, version: &str, blob: &[u8]) -> WrappedKey {
@@ -206,6 +215,7 @@ pub(crate) mod tests {
         golden.extend([1, 1, 0, 0]);
         golden.extend([8, 7, 6, 5, 4, 3, 2, 1]);
         golden.extend([0xc7; 32]);
+        golden.extend([1, 2, 3, 0xd2]);
         golden.push(2);
         golden.extend(b"\x04\x00prov\x05\x00key-1\x02\x00v2\x03\x00\xb1\xb2\xb3");
         golden.extend(b"\x01\x00p\x00\x00\x00\x00\x00\x00");
@@ -238,7 +248,7 @@ pub(crate) mod tests {
     #[test]
     fn unknown_numbers_and_set_reserved_bytes_are_refused() {
         let good = encoded(&data_record(0xd2, 1));
-        for (at, legal) in [(19, 1..=3u8), (36, 1..=2), (37, 1..=1), (38, 0..=0), (39, 0..=0), (80, 1..=1)] {
+        for (at, legal) in [(19, 1..=3u8), (36, 1..=2), (37, 1..=1), (38, 0..=0), (39, 0..=0), (84, 1..=1)] {
             for value in 0..=255u8 {
                 let mut bytes = good.clone();
                 bytes[at] = value;
@@ -296,10 +306,12 @@ pub(crate) mod tests {
     #[test]
     fn a_record_that_contradicts_itself_is_refused() {
         let homeless = Record { database: DatabaseId::from_bytes([0; 16]), ..data_record(1, 1) };
+        let unlocked = Record { lock: 0, ..data_record(1, 1) };
+        let locked = Record { lock: 1, ..cluster_record(Purpose::Cluster) };
         let housed = Record { purpose: Purpose::Probe, ..data_record(1, 1) };
         let destroyed_with_key = Record { state: KeyState::Destroyed, ..data_record(1, 1) };
         let active_without_key = Record { wrappings: Vec::new(), ..data_record(1, 1) };
-        for record in [homeless, housed, destroyed_with_key, active_without_key] {
+        for record in [homeless, housed, unlocked, locked, destroyed_with_key, active_without_key] {
             assert!(record.encode(&mut Vec::new()).is_err(), "{record:?}");
         }
         let destroyed = Record { state: KeyState::Destroyed, wrappings: Vec::new(), ..data_record(1, 1) };

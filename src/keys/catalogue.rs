@@ -89,6 +89,8 @@ pub(crate) struct Catalogue {
     databases: Table<DatabaseId, SealedName>,
     names: Index<[u8; 32], DatabaseId>,
     generations: Table<(DatabaseId, Generation), Record>,
+    /// Which generation has a lock, by its number.
+    locks: Table<u32, (DatabaseId, Generation)>,
     probe: Table<(), Record>,
     key_uses: Table<(DatabaseId, OwnerKind, OwnerId), KeyUse>,
     key_use_names: Index<(DatabaseId, OwnerKind, [u8; 32]), OwnerId>,
@@ -99,6 +101,7 @@ impl PartialEq for Catalogue {
         self.databases.map == other.databases.map
             && self.names.map == other.names.map
             && self.generations.map == other.generations.map
+            && self.locks.map == other.locks.map
             && self.probe.map == other.probe.map
             && self.key_uses.map == other.key_uses.map
             && self.key_use_names.map == other.key_use_names.map
@@ -134,6 +137,12 @@ impl Catalogue {
         self.generations.map.get(&(database, generation))
     }
 
+    /// A number for the lock of the next data key. They follow each other, so that the system can join the locks of a process
+    /// that has many; one whose database was dropped may come again, after nobody holds it any more. `None` if there is none.
+    pub(crate) fn next_lock(&self) -> Option<u32> {
+        self.locks.map.last_key_value().map_or(0, |(last, _)| *last).checked_add(1)
+    }
+
     /// The records of all data keys, by database and generation.
     pub(crate) fn records(&self) -> impl Iterator<Item = &Record> {
         self.generations.map.values()
@@ -162,7 +171,8 @@ impl Catalogue {
     pub(crate) fn may_have_become_of(&self, before: &Self) -> bool {
         before.records().filter(|old| self.has_database(old.database)).all(|old| {
             self.generation(old.database, old.generation).is_some_and(|new| {
-                new.seal == old.seal && (old.state != KeyState::Destroyed || new.state == KeyState::Destroyed)
+                (new.seal, new.lock) == (old.seal, old.lock)
+                    && (old.state != KeyState::Destroyed || new.state == KeyState::Destroyed)
             })
         })
     }
@@ -218,6 +228,7 @@ impl Catalogue {
         self.databases.keep();
         self.names.keep();
         self.generations.keep();
+        self.locks.keep();
         self.probe.keep();
         self.key_uses.keep();
         self.key_use_names.keep();
@@ -228,6 +239,7 @@ impl Catalogue {
         self.databases.take_back();
         self.names.take_back();
         self.generations.take_back();
+        self.locks.take_back();
         self.probe.take_back();
         self.key_uses.take_back();
         self.key_use_names.take_back();
@@ -321,6 +333,9 @@ impl Catalogue {
         }
         self.databases.set(database, None);
         for generation in self.generations(database).map(|record| record.generation).collect::<Vec<_>>() {
+            if let Some(lock) = self.generation(database, generation).map(|record| record.lock) {
+                self.locks.set(lock, None);
+            }
             self.generations.set((database, generation), None);
         }
         for (kind, owner) in self.key_uses(database).map(|user| (user.kind, user.owner)).collect::<Vec<_>>() {
@@ -342,6 +357,11 @@ impl Catalogue {
             let what = format!("generation {generation} of database {database} does not follow generation {last}");
             return conflict(ErrorKind::Invalid, what);
         }
+        if let Some((other, _)) = self.locks.map.get(&record.lock) {
+            let what = format!("generation {generation} of database {database} has a lock that database {other} has");
+            return conflict(ErrorKind::Invalid, what);
+        }
+        self.locks.set(record.lock, Some((database, generation)));
         self.generations.set((database, generation), Some(record));
         Ok(())
     }

@@ -139,8 +139,8 @@ impl Wrappers {
     }
 
     /// These without the master keys `gone`, unless none would be left.
-    pub(crate) fn without(&self, gone: &[&MasterKeyId]) -> Self {
-        let left: Arc<[_]> = self.0.iter().filter(|lane| !gone.contains(&lane.id())).cloned().collect();
+    pub(crate) fn without(&self, gone: &[MasterKeyId]) -> Self {
+        let left: Arc<[_]> = self.0.iter().filter(|lane| !gone.contains(lane.id())).cloned().collect();
         if left.is_empty() { self.clone() } else { Self(left) }
     }
 

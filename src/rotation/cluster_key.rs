@@ -73,7 +73,7 @@ impl ClusterInner {
         let key = payload::random_key(self.env())?;
         let unwrapped = Arc::new(payload::cluster_payload(&key, &identity, self.id, generation)?);
         let commitment = payload::cluster_commitment(&key, self.id, generation)?;
-        let wrapped = wrappers.wrap(&unwrapped, &self.request(None, generation, Purpose::Cluster))?;
+        let wrapped = self.wrapping_keys().wrap(&unwrapped, &self.request(None, generation, Purpose::Cluster))?;
         // An outage of one of them is no reason to leave it out: the old cluster key is good until it is back.
         let wrappings = wrapped.instead_of(&old.wrappings, format_args!("replacing the cluster key of {}", self.id))?;
         let record = Record { generation, commitment, wrappings, created: self.now(), ..old.clone() };

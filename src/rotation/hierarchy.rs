@@ -9,10 +9,10 @@ use crate::format::keystore::{Hierarchy, Operation};
 use crate::format::record::Record;
 use crate::format::wrapped::Purpose;
 use crate::ids::MasterKeyId;
+use crate::keys::in_memory::Live;
 use crate::keys::keystore::Keystore;
 use crate::keys::many::{UnwrapJob, WrapJob};
 use crate::keys::payload;
-use crate::keys::in_memory::Live;
 use crate::keys::root::{RootKeys, is_by_cluster_key};
 use crate::keys::wrapper::WrappedKey;
 use crate::keys::wrappers::{Wrapped, Wrappers};
@@ -56,7 +56,7 @@ impl ClusterInner {
             if self.look(|keystore, _| Ok(keystore.hierarchy()))? == to {
                 return Ok(());
             }
-            let wrappers = self.wrappers();
+            let wrappers = self.wrapping_keys();
             let Round { root, cluster, part, left, total } =
                 self.look(|keystore, root| Ok(conversion.round(keystore, root, &wrappers)))?;
             if to == Hierarchy::Direct {
@@ -92,7 +92,9 @@ impl ClusterInner {
         let (wrapped, mut left): (Vec<_>, Vec<_>) =
             part.into_iter().partition(|record| conversion.looks_done(record, root, wrappers, cluster));
         let good = match conversion.to {
-            Hierarchy::Direct => self.prove(wrappers, &wrapped, |key| is_required(&key.master_key, wrappers, cluster))?,
+            Hierarchy::Direct => {
+                self.prove(wrappers, &wrapped, |key| is_required(&key.master_key, wrappers, cluster))?
+            }
             Hierarchy::ClusterKey => wrapped.iter().filter(|record| self.opens_here(root, record)).map(id_of).collect(),
         };
         left.extend(wrapped.into_iter().filter(|record| !good.contains(&id_of(record))));

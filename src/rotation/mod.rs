@@ -61,12 +61,7 @@ impl ClusterInner {
     ///
     /// # Errors
     /// What the key services answered, unless it is about a wrapping.
-    fn prove(
-        &self,
-        wrappers: &Wrappers,
-        records: &[Record],
-        kept: impl Fn(&WrappedKey) -> bool,
-    ) -> Result<KeyIds> {
+    fn prove(&self, wrappers: &Wrappers, records: &[Record], kept: impl Fn(&WrappedKey) -> bool) -> Result<KeyIds> {
         let mut each: Vec<(&Record, &[WrappedKey])> = Vec::new();
         for record in records {
             let wrappings = record.wrappings.iter().filter(|key| kept(key));

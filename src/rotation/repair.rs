@@ -20,7 +20,7 @@ impl ClusterInner {
     pub(crate) fn repair_wrappings(&self) -> Result<(usize, usize)> {
         let _moving = self.moving.lock().unwrap_or_else(PoisonError::into_inner);
         let _in_flight = self.enter()?;
-        let wrappers = self.wrappers();
+        let wrappers = self.wrapping_keys();
         let lacking = self.look(|keystore, _| Ok(Lacking::find(keystore, &wrappers)))?;
         let total = lacking.len();
         // The cluster's own keys first: if a master key still does not answer, it is not asked for the others.

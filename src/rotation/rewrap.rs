@@ -152,13 +152,7 @@ impl ClusterInner {
         Ok(left)
     }
 
-    fn rewrap_part(
-        &self,
-        old: &Wrappers,
-        to: &Wrappers,
-        own: &Own,
-        part: &[Record],
-    ) -> Result<Vec<Vec<WrappedKey>>> {
+    fn rewrap_part(&self, old: &Wrappers, to: &Wrappers, own: &Own, part: &[Record]) -> Result<Vec<Vec<WrappedKey>>> {
         part.iter().try_for_each(|record| check_room(&record.wrappings, &own.cluster.wrappings))?;
         let jobs = part.iter().map(|record| RewrapJob {
             existing: &record.wrappings,

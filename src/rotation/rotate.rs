@@ -5,7 +5,6 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::keystore::Operation;
 use crate::format::record::{KeyState, Record};
 use crate::ids::Generation;
-use crate::keys::keyring::Hold;
 
 /// How often a rotation begins anew when other processes rotate the same database.
 const TRIES: usize = 8;
@@ -41,19 +40,15 @@ impl Database {
         let key = cluster.draw_data_key(next, cluster.options.suite)?;
         // No lock is held while the key service is called.
         let new = cluster.wrap_data_key(&key, id)?;
-        let hold = cluster.locks.hold(id, next)? as Hold;
         let persisted = cluster.append(|keystore, root| {
-            if !new.fits(keystore, root) {
-                return Ok((Vec::new(), false));
+            let unchanged = keystore.catalogue().generations(id).next_back() == Some(&last);
+            if !unchanged || !new.fits(keystore, root) {
+                return Ok((Vec::new(), None));
             }
-            match keystore.catalogue().generations(id).next_back() {
-                Some(now) if *now == last => Ok((rotation(&last, new.record), true)),
-                _ => Ok((Vec::new(), false)),
-            }
+            let (record, hold) = cluster.numbered(new.record, keystore)?;
+            Ok((rotation(&last, record), Some(hold)))
         })?;
-        if !persisted {
-            return Ok(None);
-        }
+        let Some(hold) = persisted else { return Ok(None) };
         // It is durable: now it may be used. Another thread that looked for changes may have brought it already.
         let cipher = self.cipher_inner();
         let added = cipher.add_generation(key, Some(hold));

@@ -2,9 +2,10 @@
 //! removed, so that all processes lock the same; which byte stands for what is said at [`generation_byte`] and
 //! [`file_byte`].
 //!
-//! The kernel looks at all locks of a file for each that is taken, so that ten thousand databases in one file made each
-//! change cost twenty times what it should. Those of generations and page files are therefore spread over [`SPREAD_OVER`]
-//! more files, opened when they are first needed: `lock.0`, `lock.1` and so on.
+//! The kernel looks at all locks of a file for each that is taken, but joins those on neighbouring bytes that one process
+//! has. The locks of generations are therefore on bytes that follow each other (the keystore numbers them): ten thousand
+//! open databases are one lock. Those of page files, which are named at random, are spread over [`SPREAD_OVER`] more files,
+//! opened when they are first needed: `lock.0`, `lock.1` and so on.
 //!
 //! The locks belong to the descriptor, of which a process has one a file. What the threads of a process would all
 //! have at once is therefore told apart here, in the process.
@@ -23,14 +24,15 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, PageError, Result};
-use crate::ids::{DatabaseId, FileId, Generation};
+use crate::format::record::Record;
+use crate::ids::{DatabaseId, FileId};
 use crate::secret::ForkDetector;
 use crate::storage::ofd;
 
 /// The locks of one cluster, through one descriptor. See the [module](self).
 pub(crate) struct LockFile {
     file: File,
-    /// Those with the derived bytes.
+    /// Those with the bytes of page files.
     spread: [OnceLock<File>; SPREAD_OVER],
     path: PathBuf,
     fork: ForkDetector,
@@ -141,14 +143,15 @@ impl LockFile {
     ///
     /// # Errors
     /// [`ErrorKind::InUse`] while somebody is destroying it; [`ErrorKind::Io`]; [`ErrorKind::Forked`].
-    pub(crate) fn hold(self: &Arc<Self>, database: DatabaseId, generation: Generation) -> Result<Arc<GenerationHold>> {
+    pub(crate) fn hold(self: &Arc<Self>, key: &Record) -> Result<Arc<GenerationHold>> {
         self.check_fork()?;
-        let byte = generation_byte(database, generation);
+        let byte = generation_byte(key);
         let mut table = self.table();
         if let Some(hold) = table.held.get(&byte).and_then(|held| held.newest.upgrade()) {
             return Ok(hold);
         }
         if table.owned.contains(&byte) || !self.ask(ofd::try_shared, byte)? {
+            let (database, generation) = (key.database, key.generation);
             let message = format!("generation {generation} of database {database} is being destroyed; try again");
             return Err(Error::new(ErrorKind::InUse, message));
         }
@@ -164,13 +167,9 @@ impl LockFile {
     ///
     /// # Errors
     /// [`ErrorKind::Io`]; [`ErrorKind::Forked`].
-    pub(crate) fn try_destroy(
-        self: &Arc<Self>,
-        database: DatabaseId,
-        generation: Generation,
-    ) -> Result<Result<Destroying, Holder>> {
+    pub(crate) fn try_destroy(self: &Arc<Self>, key: &Record) -> Result<Result<Destroying, Holder>> {
         self.check_fork()?;
-        let byte = generation_byte(database, generation);
+        let byte = generation_byte(key);
         let mut table = self.table();
         // Asked first: our own lock would not be in the way, it would become an exclusive one.
         if table.held.contains_key(&byte) || table.owned.contains(&byte) {
@@ -183,14 +182,10 @@ impl LockFile {
     ///
     /// # Errors
     /// As [`LockFile::try_destroy`].
-    pub(crate) fn try_take_from_others(
-        self: &Arc<Self>,
-        database: DatabaseId,
-        generation: Generation,
-    ) -> Result<Result<Destroying, Holder>> {
+    pub(crate) fn try_take_from_others(self: &Arc<Self>, key: &Record) -> Result<Result<Destroying, Holder>> {
         self.check_fork()?;
         let mut table = self.table();
-        let byte = generation_byte(database, generation);
+        let byte = generation_byte(key);
         if table.owned.contains(&byte) {
             return Ok(Err(Holder::ThisProcess));
         }
@@ -296,7 +291,7 @@ impl LockFile {
 
     /// The file whose byte this is. What is opened twice at once is closed again before anything of it is locked.
     fn file_with(&self, byte: u64) -> io::Result<&File> {
-        if byte < FIRST_DERIVED {
+        if byte < FIRST_FILE {
             return Ok(&self.file);
         }
         let number = (byte % SPREAD_OVER as u64) as usize;
@@ -445,24 +440,22 @@ impl Pauses {
     }
 }
 
-/// The byte of a generation: from 4,096 up, 2^61 of them. Within a database each generation has its own. Databases
-/// begin at random places, so that two meet as rarely as two random numbers of 61 bits; generations that do share a
-/// byte are held and refused together, which is safe.
-fn generation_byte(database: DatabaseId, generation: Generation) -> u64 {
-    FIRST_DERIVED + scatter(database, generation.get().into())
+/// The byte of a generation: 4,096 and the number of its lock, which no other generation of the cluster has.
+fn generation_byte(key: &Record) -> u64 {
+    FIRST_GENERATION + u64::from(key.lock)
 }
 
-/// The byte of a page file: from 2^61 + 4,096 up, 2^61 of them, so never that of a generation. Within a database, files
-/// whose ids differ in the low 61 bits have their own byte. Two files that do share one cannot be written at once.
+/// The byte of a page file: from 2^61 up, 2^61 of them, so never that of a generation. Within a database, files whose ids
+/// differ in the low 61 bits have their own byte. Databases begin at random places, so that two meet as rarely as two random
+/// numbers of 61 bits; two files that do share a byte cannot be written at once.
 fn file_byte(database: DatabaseId, file: FileId) -> u64 {
-    FIRST_DERIVED + DOMAIN + scatter(database, file.get())
+    FIRST_FILE + scatter(database, file.get())
 }
 
-/// 61 bits, different for numbers whose low 61 bits differ: both steps can be undone. Neighbours are strewn, because
-/// the kernel would join the locks of neighbouring bytes and need memory to cut them apart again.
+/// 61 bits, different for numbers whose low 61 bits differ: both steps can be undone.
 fn scatter(database: DatabaseId, number: u64) -> u64 {
     let [a, b, c, d, e, f, g, h, ..] = database.to_bytes();
-    (u64::from_le_bytes([a, b, c, d, e, f, g, h]) ^ number.wrapping_mul(SPREAD)) & (DOMAIN - 1)
+    (u64::from_le_bytes([a, b, c, d, e, f, g, h]) ^ number.wrapping_mul(SPREAD)) & (FIRST_FILE - 1)
 }
 
 /// Locked while the keystore is changed (exclusively) or read (shared).
@@ -472,12 +465,13 @@ const CHANGE: u64 = 0;
 const LEASE: u64 = 1;
 /// Locked, shared, by everybody who has the cluster open; exclusively by who puts another keystore in its place.
 const OPEN: u64 = 2;
-/// How many files hold the locks on derived bytes. Part of what processes agree on: another number would let them lock
+/// How many files hold the locks of page files. Part of what processes agree on: another number would let them lock
 /// the same byte of different files.
 const SPREAD_OVER: usize = 64;
-/// Bytes below are for fixed purposes. The last derived byte is 2^62 + 4,095, well within the kernel's signed 64 bits.
-const FIRST_DERIVED: u64 = 4096;
-const DOMAIN: u64 = 1 << 61;
+/// Bytes below are for fixed purposes.
+const FIRST_GENERATION: u64 = 4096;
+/// The last byte of all is 2^62 - 1, well within the kernel's signed 64 bits.
+const FIRST_FILE: u64 = 1 << 61;
 /// Odd, so that multiplying loses nothing: 2^64 over the golden ratio.
 const SPREAD: u64 = 0x9E37_79B9_7F4A_7C15;
 
@@ -497,11 +491,11 @@ mod tests {
     use std::sync::atomic::AtomicU64;
 
     use super::*;
+    use crate::format::record::tests::data_record;
 
     const AT_ONCE: Duration = Duration::ZERO;
     const SOON: Duration = Duration::from_secs(20);
     const DATABASE: DatabaseId = DatabaseId::from_bytes(*b"a database's id.");
-    const FIRST: Generation = Generation::FIRST;
     const CHILD: &str = "PAGESEAL_LOCKS_CHILD";
 
     struct Scratch(PathBuf);
@@ -539,8 +533,13 @@ mod tests {
         error.to_string()
     }
 
-    fn holder(locks: &Arc<LockFile>, generation: Generation) -> Option<Holder> {
-        locks.try_destroy(DATABASE, generation).unwrap().err()
+    /// The record of a generation of a database.
+    fn key(generation: u32) -> Record {
+        data_record(0x61, generation)
+    }
+
+    fn holder(locks: &Arc<LockFile>, generation: u32) -> Option<Holder> {
+        locks.try_destroy(&key(generation)).unwrap().err()
     }
 
     #[test]
@@ -645,57 +644,56 @@ mod tests {
     #[test]
     fn a_generation_is_held_until_the_last_handle_of_the_last_process_is_dropped() {
         let (_scratch, ours, theirs) = Scratch::two("hold");
-        let hold = ours.hold(DATABASE, FIRST).unwrap();
-        let again = ours.hold(DATABASE, FIRST).unwrap();
+        let hold = ours.hold(&key(1)).unwrap();
+        let again = ours.hold(&key(1)).unwrap();
         assert!(Arc::ptr_eq(&hold, &again));
-        let elsewhere = theirs.hold(DATABASE, FIRST).unwrap();
+        let elsewhere = theirs.hold(&key(1)).unwrap();
         drop(hold);
-        assert_eq!(holder(&theirs, FIRST), Some(Holder::ThisProcess));
+        assert_eq!(holder(&theirs, 1), Some(Holder::ThisProcess));
         drop(elsewhere);
-        assert_eq!(holder(&theirs, FIRST), Some(Holder::AnotherProcess));
-        assert_eq!(holder(&ours, FIRST), Some(Holder::ThisProcess));
+        assert_eq!(holder(&theirs, 1), Some(Holder::AnotherProcess));
+        assert_eq!(holder(&ours, 1), Some(Holder::ThisProcess));
         drop(again);
-        assert_eq!(holder(&ours, FIRST), None);
-        assert_eq!(holder(&theirs, FIRST), None);
+        assert_eq!(holder(&ours, 1), None);
+        assert_eq!(holder(&theirs, 1), None);
     }
 
     #[test]
     fn a_generation_being_destroyed_is_held_by_nobody_and_others_are() {
         let (_scratch, ours, theirs) = Scratch::two("destroy");
-        let next = Generation::new(2).unwrap();
-        let _next = theirs.hold(DATABASE, next).unwrap();
-        let destroying = ours.try_destroy(DATABASE, FIRST).unwrap().unwrap();
+        let _next = theirs.hold(&key(2)).unwrap();
+        let destroying = ours.try_destroy(&key(1)).unwrap().unwrap();
         for locks in [&ours, &theirs] {
-            let text = in_use(locks.hold(DATABASE, FIRST));
-            assert!(text.contains("generation 1 of database 6120"), "{text}");
-            drop(locks.hold(DATABASE, next).unwrap());
+            let text = in_use(locks.hold(&key(1)));
+            assert!(text.contains("generation 1 of database 6161"), "{text}");
+            drop(locks.hold(&key(2)).unwrap());
         }
-        assert_eq!(holder(&ours, FIRST), Some(Holder::ThisProcess));
-        assert_eq!(holder(&theirs, FIRST), Some(Holder::AnotherProcess));
-        assert_eq!(holder(&ours, next), Some(Holder::AnotherProcess));
+        assert_eq!(holder(&ours, 1), Some(Holder::ThisProcess));
+        assert_eq!(holder(&theirs, 1), Some(Holder::AnotherProcess));
+        assert_eq!(holder(&ours, 2), Some(Holder::AnotherProcess));
         drop(destroying);
-        drop(ours.hold(DATABASE, FIRST).unwrap());
-        assert_eq!(holder(&theirs, FIRST), None);
+        drop(ours.hold(&key(1)).unwrap());
+        assert_eq!(holder(&theirs, 1), None);
     }
 
     #[test]
     fn a_generation_is_taken_from_other_processes_in_spite_of_holds_here_which_stay_locked_afterwards() {
         let (_scratch, ours, theirs) = Scratch::two("take");
-        let take = || ours.try_take_from_others(DATABASE, FIRST).unwrap();
-        let (hold, other) = (ours.hold(DATABASE, FIRST).unwrap(), theirs.hold(DATABASE, FIRST).unwrap());
+        let take = || ours.try_take_from_others(&key(1)).unwrap();
+        let (hold, other) = (ours.hold(&key(1)).unwrap(), theirs.hold(&key(1)).unwrap());
         assert_eq!(take().err(), Some(Holder::AnotherProcess));
         drop(other);
         let taken = take().expect("only this process holds it");
-        in_use(theirs.hold(DATABASE, FIRST));
+        in_use(theirs.hold(&key(1)));
         assert_eq!(take().err(), Some(Holder::ThisProcess));
         drop(taken);
-        assert_eq!(holder(&theirs, FIRST), Some(Holder::AnotherProcess), "the hold lost its lock");
+        assert_eq!(holder(&theirs, 1), Some(Holder::AnotherProcess), "the hold lost its lock");
         // The hold may go first.
         let taken = take().expect("only this process holds it");
         drop(hold);
-        in_use(theirs.hold(DATABASE, FIRST));
+        in_use(theirs.hold(&key(1)));
         drop(taken);
-        assert_eq!(holder(&theirs, FIRST), None, "nobody holds it any more");
+        assert_eq!(holder(&theirs, 1), None, "nobody holds it any more");
     }
 
     #[test]
@@ -706,27 +704,41 @@ mod tests {
                 let (ours, theirs) = (&ours, &theirs);
                 scope.spawn(move || {
                     for _ in 0..5_000 {
-                        let _hold = ours.hold(DATABASE, FIRST).unwrap();
-                        assert_eq!(holder(theirs, FIRST), Some(Holder::AnotherProcess));
+                        let _hold = ours.hold(&key(1)).unwrap();
+                        assert_eq!(holder(theirs, 1), Some(Holder::AnotherProcess));
                     }
                 });
             }
         });
-        assert_eq!(holder(&theirs, FIRST), None);
+        assert_eq!(holder(&theirs, 1), None);
     }
 
     #[test]
     fn a_hold_whose_drop_comes_late_does_not_free_the_one_taken_meanwhile() {
         let (_scratch, ours, theirs) = Scratch::two("late-drop");
-        let first = ours.hold(DATABASE, FIRST).unwrap();
+        let first = ours.hold(&key(1)).unwrap();
         // What a new holder finds while the last handle's drop waits for the mutex.
         ours.table().held.values_mut().for_each(|held| held.newest = Weak::new());
-        let second = ours.hold(DATABASE, FIRST).unwrap();
+        let second = ours.hold(&key(1)).unwrap();
         drop(first);
-        assert_eq!(holder(&theirs, FIRST), Some(Holder::AnotherProcess));
-        assert_eq!(holder(&ours, FIRST), Some(Holder::ThisProcess));
+        assert_eq!(holder(&theirs, 1), Some(Holder::AnotherProcess));
+        assert_eq!(holder(&ours, 1), Some(Holder::ThisProcess));
         drop(second);
-        assert_eq!(holder(&theirs, FIRST), None);
+        assert_eq!(holder(&theirs, 1), None);
+    }
+
+    #[test]
+    fn the_locks_of_generations_that_follow_each_other_are_one_lock() {
+        let (scratch, ours, _) = Scratch::two("joined");
+        let inode = std::os::unix::fs::MetadataExt::ino(&std::fs::metadata(scratch.0.join("lock")).unwrap());
+        let locks = || {
+            let all = std::fs::read_to_string("/proc/locks").unwrap();
+            all.lines().filter(|line| line.contains(&format!(":{inode} "))).count()
+        };
+        let held: Vec<_> = (1..=500).map(|lock| ours.hold(&Record { lock, ..key(1) }).unwrap()).collect();
+        assert_eq!((held.len(), locks()), (500, 1));
+        drop(held);
+        assert_eq!(locks(), 0);
     }
 
     #[test]
@@ -738,34 +750,35 @@ mod tests {
         assert!(theirs.try_own_file(DATABASE, file).unwrap().is_none());
         assert!(theirs.try_own_file(DATABASE, other).unwrap().is_some());
         // Generation 1 of the same database is something else.
-        assert_eq!(holder(&theirs, FIRST), None);
+        assert_eq!(holder(&theirs, 1), None);
         drop(writer);
         assert!(theirs.try_own_file(DATABASE, file).unwrap().is_some());
     }
 
     #[test]
     fn all_that_can_be_locked_has_a_byte_of_its_own_that_the_kernel_can_count() {
-        let mut bytes = HashSet::from([CHANGE, LEASE]);
+        let mut bytes = HashSet::from([CHANGE, LEASE, OPEN]);
         let mut count = bytes.len();
-        // In the last one, generation 1 and file 1 come first of all.
+        for lock in (1..=5_000).chain(u32::MAX - 5_000..=u32::MAX) {
+            bytes.insert(generation_byte(&Record { lock, ..key(1) }));
+            count += 1;
+        }
+        // In the last one, file 1 comes first of all.
         let mut lowest = [0; 16];
         lowest[..8].copy_from_slice(&SPREAD.to_le_bytes());
         for database in [[0; 16], [0xff; 16], DATABASE.to_bytes(), lowest].map(DatabaseId::from_bytes) {
             for number in (1..=5_000).chain((1 << 24) - 5_000..1 << 24) {
-                let generation = generation_byte(database, Generation::new(number).unwrap());
-                assert!((4_096..4_096 + (1 << 61)).contains(&generation));
-                bytes.insert(generation);
-                bytes.insert(file_byte(database, FileId::new(number.into())));
-                bytes.insert(file_byte(database, FileId::new(u64::from(number) << 36)));
-                bytes.insert(file_byte(database, FileId::new((1 << 61) - u64::from(number))));
-                count += 4;
+                bytes.insert(file_byte(database, FileId::new(number)));
+                bytes.insert(file_byte(database, FileId::new(number << 36)));
+                bytes.insert(file_byte(database, FileId::new((1 << 61) - number)));
+                count += 3;
             }
             bytes.insert(file_byte(database, FileId::new(u64::MAX << 40)));
             count += 1;
         }
         assert_eq!(bytes.len(), count);
         assert!(bytes.iter().all(|byte| *byte < i64::MAX as u64));
-        let last = FIRST_DERIVED + DOMAIN + (DOMAIN - 1);
+        let last = 2 * FIRST_FILE - 1;
         let (_scratch, ours, theirs) = Scratch::two("last-byte");
         assert!(ours.ask(ofd::try_exclusive, last).unwrap());
         assert!(!theirs.ask(ofd::try_shared, last).unwrap());
@@ -795,7 +808,7 @@ mod tests {
         }
         let (ours, theirs) = (scratch.open(), scratch.open());
         let guards =
-            || (ours.change(AT_ONCE).unwrap(), ours.hold(DATABASE, FIRST).unwrap(), ours.try_lease().unwrap().unwrap());
+            || (ours.change(AT_ONCE).unwrap(), ours.hold(&key(1)).unwrap(), ours.try_lease().unwrap().unwrap());
         let mut guards = Some(guards());
         let table = ours.table(); // as another thread may have it at a fork
         assert!(ofd::in_forked_child(|| {
@@ -803,19 +816,19 @@ mod tests {
             let refused = forked(ours.change(AT_ONCE).err())
                 && forked(ours.look(AT_ONCE).err())
                 && forked(ours.try_lease().err())
-                && forked(ours.hold(DATABASE, FIRST).err())
-                && forked(ours.try_destroy(DATABASE, FIRST).err())
+                && forked(ours.hold(&key(1)).err())
+                && forked(ours.try_destroy(&key(1)).err())
                 && forked(ours.try_own_file(DATABASE, FileId::new(1)).err());
             drop(guards.take());
             refused
         }));
         drop(table);
         in_use(theirs.change(AT_ONCE));
-        assert_eq!(holder(&theirs, FIRST), Some(Holder::AnotherProcess));
+        assert_eq!(holder(&theirs, 1), Some(Holder::AnotherProcess));
         assert!(theirs.try_lease().unwrap().is_none());
         drop(guards);
         drop(theirs.change(AT_ONCE).unwrap());
-        assert_eq!(holder(&theirs, FIRST), None);
+        assert_eq!(holder(&theirs, 1), None);
         assert!(theirs.try_lease().unwrap().is_some());
     }
 
@@ -832,11 +845,11 @@ mod tests {
         assert!(lines.any(|line| line.unwrap().contains(CHILD)), "the child never had its locks");
 
         in_use(ours.change(AT_ONCE));
-        assert_eq!(holder(&ours, FIRST), Some(Holder::AnotherProcess));
+        assert_eq!(holder(&ours, 1), Some(Holder::AnotherProcess));
         child.kill().unwrap();
         child.wait().unwrap();
         let _guard = ours.change(AT_ONCE).unwrap();
-        assert_eq!(holder(&ours, FIRST), None);
+        assert_eq!(holder(&ours, 1), None);
         assert!(ours.is_dirty().unwrap());
     }
 
@@ -849,7 +862,7 @@ mod tests {
 
     fn hold_until_killed(locks: &Arc<LockFile>) {
         let _guard = locks.change(SOON).unwrap();
-        let _hold = locks.hold(DATABASE, FIRST).unwrap();
+        let _hold = locks.hold(&key(1)).unwrap();
         locks.set_dirty(true).unwrap();
         println!("{CHILD}");
         std::thread::sleep(SOON);

@@ -417,6 +417,7 @@ fn record(purpose: Purpose, database: u8, generation: u32) -> Record {
         purpose,
         created: 1_700_000_000,
         commitment: [0xc7; 32],
+        lock: if purpose == Purpose::Data { u32::from(database) << 24 | generation } else { 0 },
         wrappings: vec![wrapping],
     }
 }

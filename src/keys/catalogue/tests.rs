@@ -85,6 +85,7 @@ fn copy(catalogue: &Catalogue) -> Catalogue {
         databases: copy_table(&catalogue.databases),
         names: copy_table(&catalogue.names),
         generations: copy_table(&catalogue.generations),
+        locks: copy_table(&catalogue.locks),
         probe: copy_table(&catalogue.probe),
         key_uses: copy_table(&catalogue.key_uses),
         key_use_names: copy_table(&catalogue.key_use_names),
@@ -440,4 +441,29 @@ fn names_sealed_anew_are_taken_back_like_any_change() {
     assert_eq!(failed, Err("no more"));
     catalogue.take_back();
     assert!(catalogue == before);
+}
+
+#[test]
+fn every_key_has_a_lock_of_its_own_and_the_next_one_follows_the_last() {
+    let mut catalogue = Catalogue::default();
+    assert_eq!(catalogue.next_lock(), Some(1));
+    let with_lock = |byte, number, lock| Operation::Generation(Record { lock, ..data_record(byte, number) });
+    catalogue
+        .apply([database(1, 1), with_lock(1, 1, 1), with_lock(1, 2, 2), database(2, 2), with_lock(2, 1, 3)])
+        .unwrap();
+    catalogue.keep();
+    assert_eq!(catalogue.next_lock(), Some(4));
+    for taken in 1..=3 {
+        assert_eq!(refused(&mut catalogue, vec![with_lock(2, 2, taken)]), ErrorKind::Invalid);
+    }
+    // A destroyed key keeps its lock, a dropped database gives them back.
+    catalogue
+        .apply([with_lock(2, 2, 9), state(1, 1, KeyState::Destroyed), Operation::Drop { database: id(2) }])
+        .unwrap();
+    assert_eq!(catalogue.next_lock(), Some(3));
+    assert_eq!(refused(&mut copy(&catalogue), vec![with_lock(1, 3, 1)]), ErrorKind::Invalid);
+    catalogue.take_back();
+    assert_eq!(catalogue.next_lock(), Some(4), "a change that was taken back left its locks");
+    catalogue.apply([with_lock(2, 2, u32::MAX)]).unwrap();
+    assert_eq!(catalogue.next_lock(), None);
 }

@@ -378,7 +378,8 @@ fn numbered(number: u64) -> Vec<Operation> {
     let mut lookup = [0; 32];
     lookup[..8].copy_from_slice(&(number + 1).to_le_bytes());
     let database = DatabaseId::from_bytes(lookup[..16].try_into().unwrap());
-    let mut record = Record { database, ..data_record(1, 1) };
+    let lock = u32::try_from(number + 1).unwrap();
+    let mut record = Record { database, lock, ..data_record(1, 1) };
     record.wrappings[0].blob = vec![0xbb; 176];
     let name = SealedName { lookup, sealed: vec![1; 112] };
     vec![Operation::Database { database, name }, Operation::Generation(record)]
