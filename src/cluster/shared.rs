@@ -311,7 +311,7 @@ impl ClusterInner {
 
     /// Not what a power cut may still take away: a page file that noted it would be refused ever after.
     fn note(&self, keystore: &Keystore) {
-        if !keystore.is_durable() {
+        if !keystore.is_settled() {
             return;
         }
         *self.position.lock().unwrap_or_else(PoisonError::into_inner) = position_of(keystore);
@@ -392,19 +392,25 @@ pub(super) fn unwrap_root(wrappers: &Wrappers, request: &WrapRequest, record: &R
 }
 
 /// Unwraps the cluster's own keys as one of the copies of an unverified keystore has them, the newer first; with the record
-/// that they came out of.
+/// that they came out of. That is not the last word: if the keystore, once it is verified, has another record, that one
+/// decides, and whoever has a say in it is heard.
 ///
 /// # Errors
-/// What the key services answered about the newer; about the older only if the newer cannot be this cluster's.
+/// What the key services answered about the newer, if the older does not open either; [`ErrorKind::WrongIdentity`] if both
+/// open, and are of different clusters.
 pub(super) fn unwrap_any_root(
     wrappers: &Wrappers,
     headers: &[Header],
     request: impl Fn(&Header) -> WrapRequest,
 ) -> Result<(RootKeys, Record)> {
     let mut refused = None;
-    for header @ Header { record, .. } in headers {
-        match unwrap_root(wrappers, &request(header), record) {
-            Ok(root) => return Ok((root, record.clone())),
+    for (at, header) in headers.iter().enumerate() {
+        match unwrap_root(wrappers, &request(header), &header.record) {
+            Ok(root) => {
+                let others = headers[at + 1..].iter().filter(|other| other.cluster != header.cluster);
+                refuse_if_genuine(wrappers, header.cluster, others, request)?;
+                return Ok((root, header.record.clone()));
+            }
             Err(error) if is_about_the_record(&error) => refused = refused.or(Some(error)),
             Err(error) => return Err(refused.unwrap_or(error)),
         }
@@ -412,10 +418,42 @@ pub(super) fn unwrap_any_root(
     Err(refused.unwrap_or_else(|| Error::damaged("the keystore has no header")))
 }
 
-/// Whether another copy's record could be unwrapped where this one's could not. Never after a verdict on the master key.
+/// Two clusters' keystores in one directory: whichever was taken, the other's would be repaired away.
+fn refuse_if_genuine<'a>(
+    wrappers: &Wrappers,
+    cluster: ClusterId,
+    others: impl Iterator<Item = &'a Header>,
+    request: impl Fn(&Header) -> WrapRequest,
+) -> Result<()> {
+    for other in others {
+        if unwrap_root(wrappers, &request(other), &other.record).is_ok() {
+            let message = format!(
+                "one copy of the keystore is of cluster {cluster}, the other of cluster {}; move the one away that does not \
+                 belong here, or say which is meant (ClusterOptions::expected_id)",
+                other.cluster
+            );
+            return Err(Error::new(ErrorKind::WrongIdentity, message));
+        }
+    }
+    Ok(())
+}
+
+/// Whether another copy's record could be unwrapped where this one's could not. A verdict on a master key, too: nothing has
+/// authenticated the key version that it was asked about.
 fn is_about_the_record(error: &Error) -> bool {
     use ErrorKind::*;
-    matches!(error.kind(), BadCiphertext | Misconfigured | Authentication | WrongIdentity | Damaged | Unclassified)
+    matches!(
+        error.kind(),
+        BadCiphertext
+            | Misconfigured
+            | Authentication
+            | WrongIdentity
+            | Damaged
+            | Unclassified
+            | Disabled
+            | Deleted
+            | Denied
+    )
 }
 
 /// The call that unwraps what a keystore's header has.

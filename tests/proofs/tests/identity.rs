@@ -446,3 +446,73 @@ fn one_revocation_beats_any_success_and_no_answer_is_no_verdict() {
     assert_eq!((cases, passed), (108, 108));
     assert!(control, "a revocation that is kept secret was not noticed");
 }
+
+#[test]
+fn two_clusters_keystores_in_one_directory_are_refused_and_neither_is_written_over() {
+    let (key, [ours, theirs]) = (Recorder::new("shared"), [House::new(), House::new()]);
+    let cluster = ours.create(quick(), &key);
+    let id = cluster.id();
+    let page = seal(&cluster.create_database("d").unwrap().cipher().unwrap(), 1);
+    drop(cluster);
+    let other = theirs.create(quick(), &key);
+    // Each drop is a rewrite, with a higher number than all before it.
+    for _ in 0..5 {
+        other.create_database("x").unwrap();
+        other.drop_database("x").unwrap();
+    }
+    drop(other);
+    for which in 0..2 {
+        let (good, mut mixed) = (ours.keystore(), ours.keystore());
+        mixed[which] = theirs.keystore()[0].clone();
+        ours.put_keystore(&mixed);
+        assert_eq!(kind(ours.open(&key)), ErrorKind::WrongIdentity);
+        assert_eq!(ours.keystore(), mixed, "a keystore was written over");
+        let wrappers = || Wrappers::one(key.clone());
+        let cluster = Cluster::open(&ours.directory(), quick().expected_id(id), wrappers()).unwrap();
+        opens(&cluster.database("d").unwrap().cipher().unwrap(), &page, 1).unwrap();
+        drop(cluster);
+        assert_eq!(ours.keystore(), [good[0].clone(), good[0].clone()], "it was not repaired");
+    }
+}
+
+/// Says that a version which it does not have is disabled, as some services do.
+#[derive(Clone)]
+struct Strict(Recorder);
+
+impl KeyWrapper for Strict {
+    fn id(&self) -> MasterKeyId {
+        self.0.id()
+    }
+
+    fn wrap_key(&self, key: &KeyPayload, cx: &WrapContext<'_>) -> Result<WrappedKey, KmsError> {
+        self.0.wrap_key(key, cx)
+    }
+
+    fn unwrap_key(&self, key: &WrappedKey, cx: &WrapContext<'_>) -> Result<KeyPayload, KmsError> {
+        match key.key_version.as_str() {
+            "0" => self.0.unwrap_key(key, cx),
+            _ => Err(KmsError::new(KmsClass::Disabled)),
+        }
+    }
+}
+
+#[test]
+fn a_verdict_about_a_damaged_copy_does_not_close_a_cluster_whose_other_copy_is_whole() {
+    for which in 0..2 {
+        let (house, key) = (House::new(), Strict(Recorder::new("k")));
+        let cluster = Cluster::create(&house.directory(), quick(), Wrappers::one(key.clone())).unwrap();
+        let page = seal(&cluster.create_database("d").unwrap().cipher().unwrap(), 1);
+        drop(cluster);
+        let mut copies = house.keystore();
+        let version = copies[which].windows(3).position(|bytes| bytes == [1, 0, b'0']).unwrap() + 2;
+        copies[which][version] = b'9';
+        house.put_keystore(&copies);
+        let cluster = house.open_with(Wrappers::one(key.clone())).unwrap();
+        opens(&cluster.database("d").unwrap().cipher().unwrap(), &page, 1).unwrap();
+        assert!(cluster.keystore_findings().iter().any(|finding| finding.contains("damaged")));
+        drop(cluster);
+        house.put_keystore(&copies);
+        key.0.key.disable();
+        assert_eq!(kind(house.open_with(Wrappers::one(key))), ErrorKind::Disabled, "a real verdict was not heard");
+    }
+}
