@@ -31,7 +31,9 @@ const TRIES: usize = 8;
 impl Cluster {
     /// Closes the gate: from now on every operation of every handle is refused with [`ErrorKind::Closed`]
     /// ([`PageError::Disabled`](crate::PageError::Disabled) for pages), at once. Waits until operations in flight have ended,
-    /// and with them the last use of a key: then all keys are wiped from memory. Data stays where it is. Other processes that
+    /// and with them the last use of a key: then all keys are wiped from memory, those that calls to key services are wrapping
+    /// included. A call to unwrap one, which nobody waits for any more, may bring it once more; it is wiped at once. Data stays
+    /// where it is. Other processes that
     /// have the cluster open are told to check their master key; they disable themselves if it is revoked.
     ///
     /// # Errors

@@ -166,7 +166,7 @@ impl ClusterInner {
         generation: Generation,
         purpose: Purpose,
     ) -> WrapRequest {
-        // Also when nobody waits for the call any more: a payload may be in it.
+        // Also when nobody waits for the call any more, if a payload is in it.
         let in_flight = Some(self.in_memory.mark());
         WrapRequest { in_flight, ..request(&self.options, self.id, database, generation, purpose) }
     }

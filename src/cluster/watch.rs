@@ -6,7 +6,7 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use crate::cluster::Cluster;
-use crate::cluster::shared::{ClusterInner, request};
+use crate::cluster::shared::ClusterInner;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::wrapped::Purpose;
 
@@ -134,8 +134,6 @@ impl ClusterInner {
     pub(crate) fn check_master_key(&self) -> Result<()> {
         let probe = self.keystore().catalogue().probe().cloned();
         let probe = probe.ok_or_else(|| Error::damaged(format!("the keystore of cluster {} has no probe", self.id)))?;
-        // No key comes out of it: who closes the gate need not wait for its end.
-        let request = request(&self.options, self.id, None, probe.generation, Purpose::Probe);
-        self.wrappers().check(&probe.wrappings, &request)
+        self.wrappers().check(&probe.wrappings, &self.request(None, probe.generation, Purpose::Probe))
     }
 }

@@ -38,7 +38,7 @@ pub(crate) struct WrapRequest {
     pub(crate) generation: Generation,
     pub(crate) purpose: Purpose,
     pub(crate) timeout: Duration,
-    /// Kept by the call until it has returned, whether anybody still waits for it or not.
+    /// Kept by a call that has a payload until it has returned, whether anybody still waits for it or not.
     pub(crate) in_flight: Option<InMemory>,
 }
 

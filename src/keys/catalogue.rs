@@ -482,13 +482,18 @@ impl Catalogue {
         found.ok_or_else(|| Conflict { kind: ErrorKind::NotFound, what: missing() })
     }
 
-    /// The generation is there, and not destroyed.
+    /// The generation and all that came after it are there, and not destroyed: who needs keys from one on needs the later
+    /// ones, too.
     fn require_usable(&self, database: DatabaseId, generation: Generation) -> Result<(), Conflict> {
-        if self.require_generation(database, generation)?.state == KeyState::Destroyed {
-            let what = format!("generation {generation} of database {database} is destroyed");
-            return conflict(ErrorKind::Invalid, what);
+        self.require_generation(database, generation)?;
+        let from = self.generations(database).rev().take_while(|record| record.generation >= generation);
+        match from.filter(|record| record.state == KeyState::Destroyed).last() {
+            Some(gone) => {
+                let what = format!("generation {} of database {database} is destroyed", gone.generation);
+                conflict(ErrorKind::Invalid, what)
+            }
+            None => Ok(()),
         }
-        Ok(())
     }
 
     fn require_key_use(&self, key: (DatabaseId, OwnerKind, OwnerId)) -> Result<&KeyUse, Conflict> {

@@ -52,11 +52,12 @@ impl ClusterInner {
         let _moving = self.moving.lock().unwrap_or_else(PoisonError::into_inner);
         let _in_flight = self.enter()?;
         let mut conversion = Conversion { to, done: KeyIds::new() };
+        // One run for all parts: a master key that hangs is waited for once.
+        let (wrappers, unwrapping) = (self.wrapping_keys().for_one_run(), self.wrappers().for_one_run());
         for _ in 0..ROUNDS {
             if self.look(|keystore, _| Ok(keystore.hierarchy()))? == to {
                 return Ok(());
             }
-            let wrappers = self.wrapping_keys();
             let Round { root, cluster, part, left, total } =
                 self.look(|keystore, root| Ok(conversion.round(keystore, root, &wrappers)))?;
             if to == Hierarchy::Direct {
@@ -71,7 +72,7 @@ impl ClusterInner {
             }
             let part = self.without_converted(&mut conversion, &root, &wrappers, &cluster, part)?;
             let wrapped = match to {
-                Hierarchy::ClusterKey => self.wrap_here(&root, &part)?,
+                Hierarchy::ClusterKey => self.wrap_here(&unwrapping, &root, &part)?,
                 Hierarchy::Direct => self.wrap_there(&wrappers, &root, &cluster, &part)?,
             };
             conversion.done.extend(self.add_wrappings(&cluster, part, wrapped)?);
@@ -108,14 +109,14 @@ impl ClusterInner {
     }
 
     /// Unwraps by the key service, wraps under the cluster key.
-    fn wrap_here(&self, root: &RootKeys, part: &[Record]) -> Result<Vec<Vec<WrappedKey>>> {
+    fn wrap_here(&self, wrappers: &Wrappers, root: &RootKeys, part: &[Record]) -> Result<Vec<Vec<WrappedKey>>> {
         let jobs = part.iter().map(|record| self.unwrap_job(record));
         let wrap = |at: usize, unwrapped: &KeyPayload| {
             let record: &Record = &part[at];
             drop(payload::accept_data(unwrapped, record, self.id)?);
             Ok(vec![root.wrap(self.env(), unwrapped, record.database, record.generation)?])
         };
-        self.wrappers().unwrap_many(jobs, wrap).into_iter().collect()
+        wrappers.unwrap_many(jobs, wrap).into_iter().collect()
     }
 
     /// Unwraps under the cluster key, wraps by the key service: anew also where an earlier wrapping does not open.

@@ -467,3 +467,14 @@ fn every_key_has_a_lock_of_its_own_and_the_next_one_follows_the_last() {
     catalogue.apply([with_lock(2, 2, u32::MAX)]).unwrap();
     assert_eq!(catalogue.next_lock(), None);
 }
+
+#[test]
+fn nobody_is_noted_to_need_keys_of_which_a_later_one_is_gone() {
+    let mut catalogue = Catalogue::default();
+    catalogue.apply([database(1, 1), key(1, 1), key(1, 2), key(1, 3), state(1, 2, KeyState::Destroyed)]).unwrap();
+    catalogue.keep();
+    for oldest in 1..=2 {
+        assert_eq!(refused(&mut catalogue, vec![used(1, 7, oldest)]), ErrorKind::Invalid);
+    }
+    catalogue.apply([used(1, 7, 3)]).unwrap();
+}

@@ -294,11 +294,19 @@ impl Filled {
 
 type Call = Box<dyn FnOnce() + Send>;
 
+/// In which call of a master key something is done.
+#[derive(Clone, Copy, PartialEq)]
+enum When {
+    Any,
+    Data,
+    Wrap,
+}
+
 /// A master key that does something in the middle of its next call, once.
 #[derive(Clone)]
 pub struct Hooked {
     pub key: Recorder,
-    next: Arc<Mutex<Option<(bool, Call)>>>,
+    next: Arc<Mutex<Option<(When, Call)>>>,
 }
 
 impl Hooked {
@@ -307,12 +315,17 @@ impl Hooked {
     }
 
     pub fn arm(&self, call: impl FnOnce() + Send + 'static) {
-        *self.next.lock().unwrap() = Some((false, Box::new(call)));
+        *self.next.lock().unwrap() = Some((When::Any, Box::new(call)));
     }
 
     /// In the next call about a data key.
     pub fn arm_for_data(&self, call: impl FnOnce() + Send + 'static) {
-        *self.next.lock().unwrap() = Some((true, Box::new(call)));
+        *self.next.lock().unwrap() = Some((When::Data, Box::new(call)));
+    }
+
+    /// In the next call that wraps a key.
+    pub fn arm_for_wrap(&self, call: impl FnOnce() + Send + 'static) {
+        *self.next.lock().unwrap() = Some((When::Wrap, Box::new(call)));
     }
 
     pub fn is_armed(&self) -> bool {
@@ -320,12 +333,15 @@ impl Hooked {
     }
 
     pub fn fire(&self, cx: &WrapContext<'_>) {
-        let wanted = |(data, _): &mut (bool, Call)| match cx.purpose {
-            Purpose::Probe => false,
-            Purpose::Data => true,
-            _ => !*data,
-        };
-        let call = self.next.lock().unwrap().take_if(wanted);
+        self.fire_if(|when| match when {
+            When::Any => cx.purpose != Purpose::Probe,
+            When::Data => cx.purpose == Purpose::Data,
+            When::Wrap => false,
+        });
+    }
+
+    fn fire_if(&self, wanted: impl Fn(When) -> bool) {
+        let call = self.next.lock().unwrap().take_if(|(when, _)| wanted(*when));
         if let Some((_, call)) = call {
             call();
         }
@@ -339,6 +355,7 @@ impl KeyWrapper for Hooked {
 
     fn wrap_key(&self, key: &KeyPayload, cx: &WrapContext<'_>) -> Result<WrappedKey, KmsError> {
         self.fire(cx);
+        self.fire_if(|when| when == When::Wrap);
         self.key.wrap_key(key, cx)
     }
 
