@@ -111,13 +111,13 @@ impl Cluster {
     }
 
     /// Opens the cluster in `directory`. Nothing in the keystore is believed before the cluster key was unwrapped under one
-    /// of `wrappers` and the keystore's MACs were checked with it. Where one copy of the keystore is damaged, the other is
-    /// used, and the damaged one made anew: [`Cluster::keystore_findings`] tells.
+    /// of `wrappers` and the keystore's MACs were checked with it. Where one copy of the keystore is damaged, or an
+    /// older file was put in its place, the other is used, and that one made anew: [`Cluster::keystore_findings`] tells.
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`] without a keystore; [`ErrorKind::WrongIdentity`] if it is another cluster than expected, before
     /// any key service is called; what the key services answered; [`ErrorKind::Damaged`] or [`ErrorKind::Authentication`] if
-    /// neither copy of the keystore is what was written.
+    /// neither copy of the keystore is what was written, or the longer one is not.
     pub fn open(directory: &Path, options: ClusterOptions, wrappers: Wrappers) -> Result<Self> {
         check_suite(options.suite)?;
         check_providers(&wrappers)?;

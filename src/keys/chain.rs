@@ -2,7 +2,8 @@
 //!
 //! There are two copies of every keystore, with the same bytes. What verifies in either is taken, group by group, so a
 //! group is lost only where both copies are damaged in the same place. Copies with different headers are two states of a
-//! rewrite that was interrupted: the newer one counts if it is whole.
+//! rewrite that was interrupted: the newer one counts if it is whole. Unless the older one goes on behind the place where the
+//! newer begins: then somebody put a file back, and the longer history counts.
 //!
 //! What the MACs do not show: whoever can write the files can put an older state of both back, or cut groups off both
 //! ends. Neither can be told from a crash before the later appends without an anchor elsewhere (page files note the change
@@ -182,7 +183,7 @@ pub(crate) enum CopyState {
     Short,
     /// As [`CopyState::Short`] or [`CopyState::Intact`], and bytes behind it that do not verify: a torn append.
     Torn,
-    /// Written before the last rewrite.
+    /// Whole, and written before the last rewrite.
     Older,
     /// There is no such file.
     Missing,
@@ -216,6 +217,12 @@ impl Verified {
             Proved::Pieced(bytes) => bytes,
             Proved::InCopy(which) => copies[*which].and_then(|copy| copy.get(..self.tip.end)).unwrap_or_default(),
         }
+    }
+
+    /// Whether it went on further than `older`, which has all that it began with. What was only written whole, as an export
+    /// is, went nowhere, whatever its number.
+    fn is_longer_than(&self, older: &Self) -> bool {
+        self.tip.seq > self.header.whole && self.tip.seq > older.tip.seq
     }
 }
 
@@ -256,6 +263,17 @@ impl Fault {
         Self::Damaged { at, what: what.to_string() }
     }
 
+    /// Of a copy that went on behind the change with which the other one begins.
+    fn of_the_longer_copy(self, begins: u64) -> Self {
+        match self {
+            Self::Damaged { at, what } => {
+                let longer = "so this is the longer one, which is needed, and nothing was written over it";
+                Self::damaged(at, format!("{what}; the other copy was put back from change {begins}, {longer}"))
+            }
+            fault => fault,
+        }
+    }
+
     /// With the name of the file that it is about.
     pub(crate) fn into_error(self, file: &dyn fmt::Display) -> Error {
         match &self {
@@ -289,24 +307,116 @@ impl fmt::Display for Fault {
 /// Verifies what two copies hold, either of which may be missing. At least one is there.
 ///
 /// # Errors
-/// That of the first copy, or of the newer one, if neither holds an unaltered beginning of the history that reaches as far
-/// as what was acknowledged.
-pub(crate) fn verify(hmac: &Hmac<'_>, copies: [Option<&[u8]>; 2]) -> Result<Verified, Fault> {
+/// What is wrong, and with which copy: the first, or the one with the newer header, if neither holds an unaltered beginning of
+/// the history that reaches as far as what was acknowledged; the one with the older header, if it went on further than the
+/// other and does not verify.
+pub(crate) fn verify(hmac: &Hmac<'_>, copies: [Option<&[u8]>; 2]) -> Result<Verified, (usize, Fault)> {
     let headers = copies.map(|copy| copy.map(|bytes| authentic_header(hmac, bytes)));
-    let newest = newest(&headers)?;
-    let is_another = |which: usize| matches!(&headers[which], Some(Ok((header, _))) if *header != newest);
+    let (first, newest) = newest(&headers)?;
+    let older = (0..2).find_map(|which| {
+        let (header, _) = headers[which].as_ref()?.as_ref().ok()?;
+        (*header != newest).then_some(Older { which, bytes: copies[which]?, header })
+    });
     // Groups have MACs of their own: a copy whose header is damaged still has them.
-    let of_newest = [0, 1].map(|which| copies[which].filter(|_| !is_another(which)));
-    let mut verified = match follow(hmac, &newest, of_newest) {
-        Ok(verified) => verified,
-        // Before the rewrite there was another state, which still counts if nothing was built on the new one.
-        Err(fault) => match before_rewrite(hmac, copies, &headers, &newest) {
-            Some(older) => older,
-            None => return Err(fault),
-        },
+    let is_older = |which: usize| older.as_ref().is_some_and(|older| older.which == which);
+    let of_newest = [0, 1].map(|which| copies[which].filter(|_| !is_older(which)));
+    let newer = follow(hmac, &newest, of_newest);
+    let Some(older) = older else {
+        let mut verified = newer.map_err(|fault| (first, fault))?;
+        verified.copies = [0, 1].map(|which| state_of(&verified, copies, which, headers[which].as_ref()));
+        return Ok(verified);
     };
-    verified.copies = [0, 1].map(|which| state_of(&verified, copies, which, headers[which].as_ref()));
+    let (mut verified, counts, state) = older.or_newer(hmac, &newest, newer, copies[first].unwrap_or_default())?;
+    verified.copies[counts] = state_of(&verified, copies, counts, headers[counts].as_ref());
+    verified.copies[1 - counts] = state;
     Ok(verified)
+}
+
+/// The copy with the older of two authentic headers.
+struct Older<'a> {
+    which: usize,
+    bytes: &'a [u8],
+    header: &'a Header,
+}
+
+impl Older<'_> {
+    /// Decides between this copy and the other, whose header is `newest`, and which verified as `newer`. Returns what
+    /// counts, in which copy it is, and the state of the one that does not count.
+    fn or_newer(
+        &self,
+        hmac: &Hmac<'_>,
+        newest: &Header,
+        newer: Result<Verified, Fault>,
+        newer_bytes: &[u8],
+    ) -> Result<(Verified, usize, CopyState), (usize, Fault)> {
+        let mut alone = [None, None];
+        alone[self.which] = Some(self.bytes);
+        let (this, other) = (self.which, 1 - self.which);
+        match (newer, follow(hmac, self.header, alone)) {
+            (Ok(newer), Ok(older)) if older.tip.seq < newest.sequence => {
+                let state = self.before_rewrite(&older);
+                Ok((newer, other, state))
+            }
+            // No rewrite was interrupted: it would begin behind the last change of this copy. A file was put back, which
+            // may have been gone on with.
+            (Ok(newer), Ok(older)) if newer.is_longer_than(&older) => {
+                let state = put_back(&older, &newer);
+                Ok((newer, other, state))
+            }
+            (Ok(newer), Ok(older)) => {
+                let state = put_back(&newer, &older);
+                Ok((older, this, state))
+            }
+            (Ok(_), Err(fault))
+                if holds_change_after(hmac, self.header, self.bytes, newest.sequence.saturating_sub(1)) =>
+            {
+                Err((this, fault.of_the_longer_copy(newest.sequence)))
+            }
+            (Ok(newer), Err(fault)) => Ok((newer, other, CopyState::Damaged(fault.to_string()))),
+            // Before the rewrite there was another state, which still counts if nothing was built on the new one.
+            (Err(_), Ok(older))
+                if older.tip.seq.saturating_add(1) >= newest.sequence
+                    && !holds_change_after(hmac, newest, newer_bytes, newest.whole) =>
+            {
+                Ok((older, this, CopyState::Damaged("its rewrite is not whole".into())))
+            }
+            (Err(fault), _) => Err((other, fault)),
+        }
+    }
+
+    /// The state of this copy if it ends before the other one begins.
+    fn before_rewrite(&self, verified: &Verified) -> CopyState {
+        let Tip { end, seq, .. } = verified.tip;
+        if end == self.bytes.len() {
+            return CopyState::Older;
+        }
+        // Perhaps not torn: it may have gone on for longer than the other copy knows.
+        CopyState::Damaged(format!("byte {end}: what stands behind change {seq} does not verify"))
+    }
+}
+
+/// The state of a copy that ends, or was written whole, before the end of the other.
+fn put_back(copy: &Verified, other: &Verified) -> CopyState {
+    let from = as_of(&copy.header, &copy.tip);
+    CopyState::Damaged(format!(
+        "it was put back from change {from}, the other copy goes on to change {}",
+        other.tip.seq
+    ))
+}
+
+/// Whether an authentic group with a higher number than `seq` is anywhere in a file with this header.
+fn holds_change_after(hmac: &Hmac<'_>, header: &Header, file: &[u8], seq: u64) -> bool {
+    let mac = Mac::new(hmac, header);
+    (0..file.len()).step_by(SECTOR).any(|at| match mac.authentic_head(file, at) {
+        Ok(found) => found.is_some_and(|(head, _)| head.seq > seq),
+        Err(_) => true,
+    })
+}
+
+/// The number of the last change that is in a history. A file that was written whole ends with changes of its own that add
+/// nothing: an export's last number is higher than that of the keystore it was made from.
+pub(crate) fn as_of(header: &Header, tip: &Tip) -> u64 {
+    if tip.seq == header.whole { header.sequence } else { tip.seq }
 }
 
 type Authentic = Result<(Header, usize), Fault>;
@@ -334,20 +444,21 @@ fn was_of_this_version(hmac: &Hmac<'_>, file: &[u8]) -> bool {
     Header::decode(&restored).is_ok_and(|(_, len)| has_header_mac(hmac, &restored[..len]))
 }
 
-/// The authentic header with the highest sequence; else what is wrong with the first copy.
-fn newest(headers: &[Option<Authentic>; 2]) -> Result<Header, Fault> {
+/// The authentic header with the highest sequence, and a copy that has it; else what is wrong with the first copy.
+fn newest(headers: &[Option<Authentic>; 2]) -> Result<(usize, Header), (usize, Fault)> {
+    let headers = || headers.iter().enumerate().filter_map(|(which, header)| Some((which, header.as_ref()?)));
     // A header of a newer version may be the one that counts.
-    if let Some(Err(Fault::Unsupported { at, what })) = headers.iter().flatten().find(|h| is_unsupported(h)) {
-        return Err(Fault::Unsupported { at: *at, what: what.clone() });
+    if let Some((which, Err(Fault::Unsupported { at, what }))) = headers().find(|(_, header)| is_unsupported(header)) {
+        return Err((which, Fault::Unsupported { at: *at, what: what.clone() }));
     }
-    let authentic = headers.iter().flatten().filter_map(|header| header.as_ref().ok());
-    if let Some((header, _)) = authentic.max_by_key(|(header, _)| header.sequence) {
-        return Ok(header.clone());
+    let authentic = headers().filter_map(|(which, header)| Some((which, &header.as_ref().ok()?.0)));
+    if let Some((which, header)) = authentic.max_by_key(|(_, header)| header.sequence) {
+        return Ok((which, header.clone()));
     }
-    match headers.iter().flatten().next() {
-        Some(Err(Fault::Damaged { at, what })) => Err(Fault::damaged(*at, what)),
-        Some(Err(Fault::Foreign { len })) => Err(Fault::Foreign { len: *len }),
-        _ => Err(Fault::damaged(0, "there is no keystore")),
+    match headers().next() {
+        Some((which, Err(Fault::Damaged { at, what }))) => Err((which, Fault::damaged(*at, what))),
+        Some((which, Err(Fault::Foreign { len }))) => Err((which, Fault::Foreign { len: *len })),
+        _ => Err((0, Fault::damaged(0, "there is no keystore"))),
     }
 }
 
@@ -355,37 +466,11 @@ fn is_unsupported(header: &Authentic) -> bool {
     matches!(header, Err(Fault::Unsupported { .. }))
 }
 
-/// The state before a rewrite that was interrupted after the first copy: the other copy, if it ends where the rewrite
-/// begins, and nothing was added to the rewritten one.
-fn before_rewrite(
-    hmac: &Hmac<'_>,
-    copies: [Option<&[u8]>; 2],
-    headers: &[Option<Authentic>; 2],
-    newest: &Header,
-) -> Option<Verified> {
-    let is_older = |which: usize| matches!(&headers[which], Some(Ok((header, _))) if header != newest);
-    let older = (0..2).find(|&which| is_older(which))?;
-    let mut alone = [None, None];
-    alone[older] = copies[older];
-    let (header, _) = headers[older].as_ref()?.as_ref().ok()?;
-    let verified = follow(hmac, header, alone).ok()?;
-    let newer = copies[1 - older]?;
-    let mac = Mac::new(hmac, newest);
-    let built_on = (0..newer.len()).step_by(SECTOR).any(|at| match mac.authentic_head(newer, at) {
-        Ok(found) => found.is_some_and(|(head, _)| head.seq > newest.whole),
-        Err(_) => true,
-    });
-    (verified.tip.seq + 1 == newest.sequence && !built_on).then_some(verified)
-}
-
+/// The state of a copy that has the header that counts, or none that can be believed.
 fn state_of(verified: &Verified, copies: [Option<&[u8]>; 2], which: usize, header: Option<&Authentic>) -> CopyState {
     let Some(copy) = copies[which] else { return CopyState::Missing };
-    match header {
-        Some(Ok((header, _))) if *header == verified.header => {}
-        Some(Ok((header, _))) if header.sequence < verified.header.sequence => return CopyState::Older,
-        Some(Ok(_)) => return CopyState::Damaged("its rewrite is not whole".into()),
-        Some(Err(fault)) => return CopyState::Damaged(fault.to_string()),
-        None => return CopyState::Missing,
+    if let Some(Err(fault)) = header {
+        return CopyState::Damaged(fault.to_string());
     }
     let proved = verified.bytes(copies);
     // Compared as a whole first: ten thousand databases are 10 MB.

@@ -123,9 +123,8 @@ fn verify_copies(
     mac: &HmacKey,
     copies: &[Option<(Version, Vec<u8>)>; 2],
 ) -> Result<Verified> {
-    let bytes = bytes_of(copies);
-    let which = usize::from(bytes[0].is_none());
-    mac.with(|hmac| chain::verify(hmac, bytes))?.map_err(|fault| fault.into_error(&store.name(which)))
+    let verified = mac.with(|hmac| chain::verify(hmac, bytes_of(copies)))?;
+    verified.map_err(|(which, fault)| fault.into_error(&store.name(which)))
 }
 
 /// A verified keystore. One handle in a process; the caller serialises changes, here and with other processes.
@@ -194,10 +193,9 @@ impl Keystore {
         self.tag_of(seq).map_or_else(|| self.position(), |tag| (seq, *tag))
     }
 
-    /// The number of the last change that is in it. A file that was written whole ends with changes of its own that add
-    /// nothing: an export's last number is higher than that of the keystore it was made from.
+    /// The number of the last change that is in it.
     pub(crate) fn as_of(&self) -> u64 {
-        if self.tip.seq == self.header.whole { self.header.sequence } else { self.tip.seq }
+        chain::as_of(&self.header, &self.tip)
     }
 
     /// Whether this history has the change of this number and tag. A change before the last rewrite is believed: its tag is
@@ -532,7 +530,8 @@ fn write_checked(
     let written = mac.with(|hmac| chain::write_whole(hmac, header, catalogue.operations()))?;
     let written = written.map_err(|rule| unwritable(store, rule))?;
     let both = [Some(written.bytes.as_slice()); 2];
-    let verified = mac.with(|hmac| chain::verify(hmac, both))?.map_err(|fault| fault.into_error(&store.name(0)))?;
+    let verified = mac.with(|hmac| chain::verify(hmac, both))?;
+    let verified = verified.map_err(|(which, fault)| fault.into_error(&store.name(which)))?;
     if verified.header != written.header || verified.catalogue != *catalogue {
         let message = format!("rewriting the keystore {} would lose something; report this", store.name(0));
         return Err(Error::damaged(message));

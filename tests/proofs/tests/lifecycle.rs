@@ -950,6 +950,32 @@ fn an_older_keystore_put_back_beside_a_running_process_is_noticed_and_what_it_kn
 }
 
 #[test]
+fn an_export_copied_over_one_file_of_a_keystore_that_went_on_loses_no_key() {
+    for hierarchy in HIERARCHIES {
+        for which in [0, 1] {
+            let (house, key, cluster) = start(hierarchy);
+            let export = house.0.join("export");
+            cluster.create_database("before").unwrap();
+            cluster.export(&export).unwrap();
+            let filled = Filled::new(&cluster, 3);
+            drop(cluster);
+            let good = house.keystore();
+            fs::copy(&export, &house.copies()[which]).unwrap();
+            let cluster = house.open(&key).unwrap();
+            filled.check(&cluster).unwrap();
+            let findings = cluster.keystore_findings();
+            assert!(findings.len() == 1 && findings[0].contains("put back"), "{findings:?}");
+            assert!(findings[0].starts_with(&house.copies()[which].display().to_string()), "{findings:?}");
+            assert!(house.keystore() == good, "the copy was not made anew");
+            let kept =
+                house.files().into_iter().filter(|(path, _)| path.to_string_lossy().contains("keystore.damaged-"));
+            let export = fs::read(&export).unwrap();
+            assert!(kept.map(|(_, bytes)| bytes).eq([export]), "what was put back was not kept");
+        }
+    }
+}
+
+#[test]
 fn a_dropped_database_is_not_in_an_export_made_after_it_and_is_in_one_made_before() {
     let (house, key, cluster) = start(Hierarchy::Direct);
     let database: Database = cluster.create_database("d").unwrap();

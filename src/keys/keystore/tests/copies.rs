@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::format::group::HEAD_LEN;
+use crate::keys::wrapper::WrappedKey;
 
 /// Numbers that are the same in every run.
 struct Seeded(u64);
@@ -228,4 +229,147 @@ fn a_damaged_rewrite_that_was_built_on_does_not_bring_the_old_state_back() {
     damaged[600] ^= 1;
     let older = old[..old.len() - 512].to_vec();
     assert_eq!(error_of(open([Some(damaged), Some(older)])).kind(), ErrorKind::Damaged);
+}
+
+/// A keystore that was exported and went on: its bytes, the export, and the catalogue.
+struct GoneOn {
+    live: Vec<u8>,
+    export: Vec<u8>,
+    catalogue: Catalogue,
+}
+
+/// `changes` new databases after an export, which itself is `bodies` groups long.
+fn gone_on(bodies: usize, changes: u8) -> GoneOn {
+    let store = Arc::new(MemoryStore::default());
+    let mut keystore = create(store.clone(), history().concat()).unwrap();
+    for byte in 0..40 * (bodies as u8 - 1) {
+        let mut wide = data_record(2 + byte, 1);
+        wide.wrappings = vec![WrappedKey { blob: vec![0xbb; 4096], ..wide.wrappings[0].clone() }; 8];
+        let database = Operation::Database { database: id(2 + byte), name: name(2 + byte) };
+        keystore.append(&MAC, vec![database, Operation::Generation(wide)]).unwrap();
+    }
+    let export = keystore.export(&MAC).unwrap();
+    let groups = open(alone(&export)).unwrap().tags.len() - 1;
+    assert_eq!(groups, bodies, "the export has another number of groups than the test wants");
+    for byte in 0..changes {
+        keystore.append(&MAC, new_database(0x80 + byte)).unwrap();
+    }
+    GoneOn { live: read(&*store)[0].clone().unwrap(), export, catalogue: copy(keystore.catalogue()) }
+}
+
+#[test]
+fn an_export_put_in_the_place_of_one_copy_does_not_beat_the_other_which_went_on() {
+    // Also if its own groups lead it to a higher number than the keystore has come to meanwhile.
+    for (bodies, changes) in [(1, 9), (1, 1), (1, 0), (3, 1)] {
+        let GoneOn { live, export, catalogue } = gone_on(bodies, changes);
+        for at in [0, 1] {
+            let mut copies = both(&live);
+            copies[at] = Some(export.clone());
+            let store = Watched::with(copies);
+            let mut keystore = open_store(store.clone()).unwrap();
+            let what = format!("{bodies} bodies, {changes} changes, copy {at}");
+            assert!(*keystore.catalogue() == catalogue, "{what}: acknowledged changes are gone");
+            assert_eq!(keystore.copies()[1 - at], CopyState::Intact, "{what}");
+            let CopyState::Damaged(told) = &keystore.copies()[at] else { panic!("{what}: {:?}", keystore.copies()) };
+            let last = keystore.position().0;
+            assert!(told.contains("put back") && told.ends_with(&format!("to change {last}")), "{what}: {told}");
+            keystore.settle(&MAC).unwrap();
+            assert!(read(&*store) == both(&live), "{what}");
+            assert!(*store.kept.lock().unwrap() == std::slice::from_ref(&export), "{what}");
+        }
+    }
+}
+
+#[test]
+fn an_export_put_in_the_place_of_one_copy_beside_a_running_handle_is_put_right() {
+    let GoneOn { live, export, catalogue } = gone_on(1, 5);
+    let store = Watched::with(both(&live));
+    let mut keystore = open_store(store.clone()).unwrap();
+    *store.inner.write().unwrap() = MemoryStore::with([Some(export), Some(live)]);
+    assert!(keystore.catch_up(&MAC).unwrap());
+    assert!(*keystore.catalogue() == catalogue);
+    keystore.append(&MAC, new_database(3)).unwrap();
+    let [first, second] = read(&*store);
+    assert_eq!(first, second);
+    assert!(open_store(store).unwrap().catalogue() == keystore.catalogue());
+}
+
+#[test]
+fn of_two_copies_that_both_went_on_the_longer_counts_and_the_other_is_kept_aside() {
+    let GoneOn { live, export, .. } = gone_on(1, 5);
+    for more in [2, 9] {
+        let forked = Arc::new(MemoryStore::with(both(&export)));
+        let mut fork = open_store(forked.clone()).unwrap();
+        (0..more).for_each(|byte| fork.append(&MAC, new_database(0xc0 + byte)).unwrap());
+        let fork = read(&*forked)[0].clone().unwrap();
+        let (longer, shorter) = if more > 5 { (&fork, &live) } else { (&live, &fork) };
+        for copies in [[longer.clone(), shorter.clone()], [shorter.clone(), longer.clone()]] {
+            let store = Watched::with(copies.map(Some));
+            let mut keystore = open_store(store.clone()).unwrap();
+            keystore.settle(&MAC).unwrap();
+            assert!(read(&*store) == both(longer), "{more} more");
+            assert!(*store.kept.lock().unwrap() == std::slice::from_ref(shorter), "{more} more");
+        }
+    }
+}
+
+#[test]
+fn a_longer_copy_that_is_damaged_is_never_written_over_from_an_export_in_the_other() {
+    let GoneOn { live, export, catalogue } = gone_on(1, 5);
+    let header_len = File::new(Vec::new()).bytes.len();
+    let mut refused = 0;
+    for at in header_len..live.len() {
+        let mut damaged = live.clone();
+        damaged[at] ^= 1;
+        for which in [0, 1] {
+            let mut copies = both(&export);
+            copies[which] = Some(damaged.clone());
+            let store = Watched::with(copies.clone());
+            match open_store(store.clone()) {
+                // The last change is taken for a torn append; without it the longer one is still the longer one.
+                Ok(keystore) => {
+                    assert!(keystore.catalogue().databases().count() + 1 >= catalogue.databases().count(), "byte {at}");
+                }
+                Err(error) => {
+                    refused += 1;
+                    let text = error.to_string();
+                    assert_eq!(error.kind(), ErrorKind::Damaged, "byte {at}: {text}");
+                    assert!(text.contains(&store.name(which)), "byte {at} of copy {which}: {text}");
+                    assert!(text.contains("longer") && text.contains("restore"), "byte {at}: {text}");
+                    assert!(read(&*store) == copies);
+                }
+            }
+        }
+    }
+    assert!(refused > live.len() / 2, "{refused} of {}", live.len());
+}
+
+#[test]
+fn a_damaged_export_in_one_copy_leaves_the_other_which_went_on() {
+    let GoneOn { live, export, catalogue } = gone_on(1, 2);
+    for at in 0..export.len() {
+        let mut damaged = export.clone();
+        damaged[at] ^= 1;
+        let mut keystore = open([Some(damaged), Some(live.clone())]).unwrap();
+        assert!(*keystore.catalogue() == catalogue, "byte {at}");
+        assert!(matches!(keystore.copies()[0], CopyState::Damaged(_)), "byte {at}: {:?}", keystore.copies());
+        keystore.settle(&MAC).unwrap();
+    }
+}
+
+#[test]
+fn what_a_rewrite_left_in_one_copy_is_kept_aside_if_any_of_it_does_not_verify() {
+    let Rewritten { old, new, after, .. } = rewritten();
+    let mut damaged = old.clone();
+    damaged[600] ^= 1;
+    // Perhaps changes that the other copy never had, of which no head is whole.
+    let behind = [&old[..], &[7; 1024]].concat();
+    for kept in [damaged, behind] {
+        let store = Watched::with([Some(new.clone()), Some(kept.clone())]);
+        let mut keystore = open_store(store.clone()).unwrap();
+        assert!(*keystore.catalogue() == after);
+        assert!(matches!(keystore.copies()[1], CopyState::Damaged(_)), "{:?}", keystore.copies());
+        keystore.settle(&MAC).unwrap();
+        assert!(*store.kept.lock().unwrap() == [kept]);
+    }
 }
