@@ -36,7 +36,9 @@ impl Cluster {
 
     /// Puts an exported keystore in the place of one that was lost or damaged beyond repair, and opens the cluster. What
     /// was created after the export is not in it: those databases can be opened by a newer copy only, and it is as if
-    /// databases dropped since were never dropped. What lay there is kept beside it as `keystore.damaged-…`.
+    /// databases dropped since were never dropped. What lay there is kept beside it as `keystore.replaced-…`,
+    /// and stays until you remove it: it may hold keys that the export lacks, and also keys that are destroyed later
+    /// ([`Shredded::copies`](crate::Shredded::copies)).
     ///
     /// # Errors
     /// [`ErrorKind::AlreadyExists`] if the keystore that is there can be verified and is not older: nothing is lost, open it;

@@ -17,13 +17,14 @@ use crate::keys::keyring::Closed;
 use crate::keys::keystore::Keystore;
 use crate::keys::names::CLUSTER_SCOPE;
 use crate::keys::root::{RootKeys, is_by_cluster_key};
+use crate::keys::store::Aside;
 use crate::keys::wrapper::WrappedKey;
 use crate::storage::locks::{Destroying, Holder};
 
 /// What became unreadable when keys were destroyed, and what may still hold the keys.
 ///
 /// The wrapped keys have left both copies of the keystore. Copies of them elsewhere can still be unwrapped by whoever may
-/// use the master keys: exports and backups of the keystore, snapshots of its file system, and blocks that a disk (an SSD, a
+/// use the master keys: what an import replaced (`copies`), exports and backups of the keystore, snapshots of its file system, and blocks that a disk (an SSD, a
 /// copy-on-write file system) has not overwritten yet. To be sure, destroy the master keys' versions, or those copies.
 #[derive(Clone, PartialEq, Eq, Debug)]
 #[non_exhaustive]
@@ -40,6 +41,9 @@ pub struct Shredded {
     pub external: bool,
     /// The master keys that can unwrap copies of the destroyed keys, with their versions.
     pub wrapped_by: Vec<(MasterKeyId, String)>,
+    /// Files beside the keystore that may still hold the wrapped keys: what an import replaced (`keystore.replaced-…`). They
+    /// may hold keys of other databases that are nowhere else, so nothing but the caller removes them.
+    pub copies: Vec<PathBuf>,
 }
 
 impl fmt::Display for Shredded {
@@ -55,7 +59,12 @@ impl fmt::Display for Shredded {
             self.files.len(),
             if self.external { " and whatever engines sealed under them" } else { "" },
             keys.join(", ")
-        )
+        )?;
+        if self.copies.is_empty() {
+            return Ok(());
+        }
+        let copies: Vec<_> = self.copies.iter().map(|path| path.display().to_string()).collect();
+        write!(f, "; so can what an import replaced, unless it is removed: {}", copies.join(", "))
     }
 }
 
@@ -96,8 +105,8 @@ impl ClusterInner {
                 id.ok_or_else(|| Error::new(ErrorKind::NotFound, format!("there is no database named {name:?}")))?;
             // Kept until the keys are gone, so that no process begins to seal under one of them.
             let _locks = self.take_from_others(keystore, id)?;
-            let shredded = self.whole_database(keystore, id);
-            keystore.rewrite(&root.mac, vec![Operation::Drop { database: id }], None)?;
+            let shredded = self.whole_database(keystore, id)?;
+            keystore.shred(&root.mac, vec![Operation::Drop { database: id }], None)?;
             Ok(shredded)
         })?;
         // Also for a thread that is opening it right now, and is not registered yet.
@@ -123,16 +132,22 @@ impl ClusterInner {
             .collect()
     }
 
-    fn whole_database(&self, keystore: &Keystore, database: DatabaseId) -> Shredded {
+    fn whole_database(&self, keystore: &Keystore, database: DatabaseId) -> Result<Shredded> {
         let records: Vec<_> = keystore.catalogue().generations(database).collect();
         let directory = self.directory.join(database.to_string());
         let page_files = keystore.catalogue().key_uses(database).filter(|user| user.kind == OwnerKind::PageFile);
-        Shredded {
+        Ok(Shredded {
             files: page_files.map(|user| directory.join(file_of(user.owner).to_string())).collect(),
             left: Vec::new(),
             external: keystore.catalogue().key_uses(database).any(|user| user.kind == OwnerKind::External),
+            copies: self.replaced_keystores()?,
             ..shredded(keystore, database, &records)
-        }
+        })
+    }
+
+    fn replaced_keystores(&self) -> Result<Vec<PathBuf>> {
+        let replaced = self.store.kept(Aside::Replaced);
+        replaced.map_err(|error| Error::io(format!("looking for keystores in {}", self.directory.display()), error))
     }
 
     /// Best effort: what is left holds nothing that can be read.
@@ -156,10 +171,10 @@ impl ClusterInner {
             let missing =
                 || Error::new(ErrorKind::NotFound, format!("database {database} has no generation {generation}"));
             let record = keystore.catalogue().generation(database, generation).ok_or_else(missing)?;
-            let shredded = shredded(keystore, database, &[record]);
+            let shredded = Shredded { copies: self.replaced_keystores()?, ..shredded(keystore, database, &[record]) };
             let _lock = self.take_generation(record)?;
             let state = Operation::State { database, generation, state: KeyState::Destroyed };
-            keystore.rewrite(&root.mac, vec![state], None)?;
+            keystore.shred(&root.mac, vec![state], None)?;
             Ok(shredded)
         })
     }
@@ -258,5 +273,6 @@ fn shredded(keystore: &Keystore, database: DatabaseId, records: &[&Record]) -> S
         left: Vec::new(),
         external: false,
         wrapped_by,
+        copies: Vec::new(),
     }
 }

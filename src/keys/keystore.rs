@@ -22,7 +22,7 @@ use crate::format::record::Record;
 use crate::ids::ClusterId;
 use crate::keys::catalogue::{Catalogue, Conflict};
 use crate::keys::chain::{self, CopyState, Fault, Tag, Tip, Verified};
-use crate::keys::store::{Durability, KeystoreStore, Version, Versions, store_failed};
+use crate::keys::store::{Aside, Durability, KeystoreStore, Version, Versions, store_failed};
 
 /// What an import adds to the sequence: files that have seen later changes of the lost keystore must open with it, and no
 /// keystore makes so many changes.
@@ -376,7 +376,7 @@ impl Keystore {
                 _ => false,
             };
             if let (true, Some(bytes)) = (keep, &copies[which]) {
-                let kept = self.store.keep_aside(bytes, self.tip.seq);
+                let kept = self.store.keep_aside(bytes, Aside::Damaged, self.tip.seq);
                 kept.map_err(|error| store_failed("keeping a damaged copy of", &self.store.name(which), error))?;
             }
         }
@@ -418,8 +418,8 @@ impl Keystore {
         }
     }
 
-    /// Writes both files anew with these operations applied: what they take away has left the files when this returns, and
-    /// whatever was kept of older states. The caller holds the cluster's lock and has caught up.
+    /// Writes both files anew with these operations applied. What was kept aside stays. The caller holds the cluster's lock
+    /// and has caught up.
     ///
     /// # Errors
     /// As [`Keystore::append`].
@@ -431,6 +431,28 @@ impl Keystore {
     ) -> Result<()> {
         self.rewrite_with(mac, under, |catalogue, store| {
             catalogue.apply(operations).map_err(|conflict| misfit(store, &conflict))
+        })
+    }
+
+    /// As [`Keystore::rewrite`], where something must leave: what the operations take away has left both files when this
+    /// returns, and what was kept of damaged copies.
+    ///
+    /// # Errors
+    /// As [`Keystore::append`].
+    pub(crate) fn shred(
+        &mut self,
+        mac: &HmacKey,
+        operations: Vec<Operation>,
+        under: Option<(Hierarchy, Record)>,
+    ) -> Result<()> {
+        self.rewrite(mac, operations, under)?;
+        // Not before: as long as the files could not be written, it may be of use.
+        self.store.remove_strays().map_err(|error| {
+            // Who asked for it is told that it failed, and must see what became of it.
+            self.unsure = true;
+            let name = self.store.name(0);
+            let what = format_args!("the keystore {name} is changed, but removing keystore.damaged-* beside it failed");
+            Error::io(format_args!("{what}, which may hold what left it; remove them"), error)
         })
     }
 
@@ -457,8 +479,7 @@ impl Keystore {
 
     /// Puts whole files in the place of both copies.
     fn put(&mut self, bytes: &[u8], verified: Verified) -> Result<()> {
-        let replaced = self.store.remove_strays().and_then(|()| self.store.replace(&self.versions, bytes));
-        match replaced {
+        match self.store.replace(&self.versions, bytes) {
             Ok(versions) => {
                 let found = self.copies.clone();
                 *self = Self { copies: found, ..Self::adopt(Arc::clone(&self.store), verified, versions, false) };
@@ -483,7 +504,7 @@ impl Keystore {
     }
 
     /// Puts this keystore, which was exported, in the place of what the store has, as the newest of all. The caller has
-    /// made sure that nothing is lost by it, and holds the lock. `replaced` is kept aside.
+    /// made sure that nothing is lost by it, and holds the lock. What it replaces is kept aside, and no rewrite removes that.
     ///
     /// # Errors
     /// [`ErrorKind::Io`].
@@ -491,7 +512,7 @@ impl Keystore {
         self.versions = self.versions()?;
         for which in 0..2 {
             if let Some((_, bytes)) = read_copy(&*self.store, which)? {
-                let kept = self.store.keep_aside(&bytes, self.tip.seq);
+                let kept = self.store.keep_aside(&bytes, Aside::Replaced, self.tip.seq);
                 kept.map_err(|error| store_failed("keeping", &self.store.name(which), error))?;
             }
         }

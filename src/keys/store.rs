@@ -19,8 +19,6 @@ use crate::storage::locks::LockFile;
 
 /// The names of the two copies. They have the same bytes.
 pub(crate) const FILE_NAMES: [&str; 2] = ["keystore", "keystore.copy"];
-/// What was kept of a damaged copy: `keystore.damaged-N`.
-const DAMAGED: &str = "keystore.damaged-";
 /// So much may be written to the second copy without a sync before it is synced all the same.
 const MOST_UNSYNCED: usize = 64 * 1024;
 
@@ -50,6 +48,30 @@ impl Durability {
     }
 }
 
+/// Why a copy is kept aside. Each has names of its own.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Aside {
+    /// It was damaged, and made anew from the other copy.
+    Damaged,
+    /// An import put another keystore in its place, which may lack keys that it has.
+    Replaced,
+}
+
+impl Aside {
+    /// What its files are called, up to the numbers.
+    fn prefix(self) -> &'static str {
+        match self {
+            Self::Damaged => "keystore.damaged-",
+            Self::Replaced => "keystore.replaced-",
+        }
+    }
+
+    /// Whether this is one of its files.
+    fn kept(self, path: &Path) -> bool {
+        path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with(self.prefix()))
+    }
+}
+
 /// Two copies of a keystore. What is read is believed only after its MACs.
 ///
 /// The caller keeps changes apart (a lock on the cluster, or the store's own compare-and-swap).
@@ -75,10 +97,11 @@ pub(crate) trait KeystoreStore: Send + Sync {
     /// Puts these bytes in the place of both copies, which must still be `expected`: each whole or not at all, and durably.
     fn replace(&self, expected: &Versions, bytes: &[u8]) -> io::Result<Versions>;
 
-    /// Keeps the bytes of a damaged copy aside, for whoever wants to know what happened to it.
-    fn keep_aside(&self, bytes: &[u8], number: u64) -> io::Result<()>;
+    /// Keeps the bytes of a copy that goes, for whoever wants to know what was in it.
+    fn keep_aside(&self, bytes: &[u8], why: Aside, number: u64) -> io::Result<()>;
 
-    /// Removes everything that may still hold an older state: what was kept aside, and the left-overs of crashes.
+    /// Removes what may still hold an older state: what was kept of damaged copies, and the left-overs of crashes. Not what
+    /// an import replaced: it may hold keys that are nowhere else.
     fn remove_strays(&self) -> io::Result<()>;
 
     /// Whether somebody began to write and did not come to the end: then what is read may not be durable.
@@ -130,6 +153,11 @@ impl FileStore {
         let written = write()?;
         self.locks.set_dirty(false).map_err(io::Error::other)?;
         Ok(written)
+    }
+
+    /// The files that were kept aside for this reason.
+    pub(crate) fn kept(&self, why: Aside) -> io::Result<Vec<PathBuf>> {
+        Ok(self.disk.list(&self.directory)?.into_iter().filter(|path| why.kept(path)).collect())
     }
 
     fn expect(&self, expected: &Versions) -> io::Result<()> {
@@ -199,9 +227,9 @@ impl KeystoreStore for FileStore {
         self.versions()
     }
 
-    fn keep_aside(&self, bytes: &[u8], number: u64) -> io::Result<()> {
-        // Under a name of its own: what an earlier damage left is not replaced.
-        let named = |again: u32| self.directory.join(format!("{DAMAGED}{number}-{again}"));
+    fn keep_aside(&self, bytes: &[u8], why: Aside, number: u64) -> io::Result<()> {
+        // Under a name of its own: what was kept earlier is not replaced.
+        let named = |again: u32| self.directory.join(format!("{}{number}-{again}", why.prefix()));
         for again in 1..=u32::MAX {
             match self.disk.stat(&named(again))? {
                 Some(_) if self.disk.read(&named(again), MAX_FILE_LEN as u64)? == bytes => return Ok(()),
@@ -216,10 +244,8 @@ impl KeystoreStore for FileStore {
     }
 
     fn remove_strays(&self) -> io::Result<()> {
-        let is_stray = |path: &PathBuf| {
-            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-            name.starts_with(DAMAGED) || self.paths.iter().any(|copy| *path == beside(copy))
-        };
+        let is_left_over = |path: &PathBuf| self.paths.iter().any(|copy| *path == beside(copy));
+        let is_stray = |path: &PathBuf| Aside::Damaged.kept(path) || is_left_over(path);
         let strays: Vec<_> = self.disk.list(&self.directory)?.into_iter().filter(is_stray).collect();
         if strays.is_empty() {
             return Ok(());
@@ -308,7 +334,7 @@ impl KeystoreStore for MemoryStore {
         self.versions()
     }
 
-    fn keep_aside(&self, _: &[u8], _: u64) -> io::Result<()> {
+    fn keep_aside(&self, _: &[u8], _: Aside, _: u64) -> io::Result<()> {
         Ok(())
     }
 

@@ -185,7 +185,7 @@ impl ClusterInner {
                 Operation::Wrapping(rewrapped(record, record.wrappings.iter().filter(keep).cloned().collect()))
             });
             let kept = kept.collect();
-            keystore.rewrite(&root.mac, kept, Some((conversion.to, cluster)))?;
+            keystore.shred(&root.mac, kept, Some((conversion.to, cluster)))?;
             Ok(true)
         })
     }

@@ -187,7 +187,7 @@ impl ClusterInner {
                 Operation::Wrapping(rewrapped(record, wrappings.cloned().collect()))
             }));
             let under = Some((keystore.hierarchy(), own.cluster.clone()));
-            keystore.rewrite(&root.mac, kept, under)?;
+            keystore.shred(&root.mac, kept, under)?;
             Ok(true)
         })
     }

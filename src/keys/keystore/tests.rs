@@ -205,6 +205,7 @@ struct Watched {
     unfinished: AtomicBool,
     refusing: AtomicBool,
     kept: Mutex<Vec<Vec<u8>>>,
+    replaced: Mutex<Vec<Vec<u8>>>,
 }
 
 impl Watched {
@@ -254,8 +255,9 @@ impl KeystoreStore for Watched {
         self.write(|store| store.replace(expected, bytes))
     }
 
-    fn keep_aside(&self, bytes: &[u8], _: u64) -> io::Result<()> {
-        self.kept.lock().unwrap().push(bytes.to_vec());
+    fn keep_aside(&self, bytes: &[u8], why: Aside, _: u64) -> io::Result<()> {
+        let kept = if why == Aside::Damaged { &self.kept } else { &self.replaced };
+        kept.lock().unwrap().push(bytes.to_vec());
         Ok(())
     }
 

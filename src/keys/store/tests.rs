@@ -221,19 +221,25 @@ fn what_is_kept_aside_replaces_nothing_and_is_removed_with_the_left_overs_and_no
     let ((_, no_syncs), ()) = place.syncs(|store| store.remove_strays().unwrap());
     assert_eq!(no_syncs, 0);
     for bytes in [b"first", b"other", b"first"] {
-        place.store.keep_aside(bytes, 7).unwrap();
+        place.store.keep_aside(bytes, Aside::Damaged, 7).unwrap();
     }
-    place.store.keep_aside(b"first", 8).unwrap();
+    place.store.keep_aside(b"first", Aside::Damaged, 8).unwrap();
+    place.store.keep_aside(b"first", Aside::Replaced, 8).unwrap();
     let kept: Vec<_> = ["7-1", "7-2", "8-1"].map(|n| place.directory.join(format!("keystore.damaged-{n}"))).into();
-    assert_eq!(place.disk.paths(), [vec![place.path(0), place.path(1)], kept.clone()].concat());
+    let replaced = place.directory.join("keystore.replaced-8-1");
+    let both = vec![place.path(0), place.path(1)];
+    assert_eq!(place.disk.paths(), [both, kept.clone(), vec![replaced.clone()]].concat());
+    assert_eq!(place.store.kept(Aside::Damaged).unwrap(), kept);
     assert_eq!(place.disk.seen(&kept[1]).unwrap(), b"other");
     // Durable, even if the machine stops now.
-    assert!(place.disk.power_cuts_all(64).iter().all(|cut| kept.iter().all(|path| cut.seen(path).is_some())));
+    let all_kept = || kept.iter().chain([&replaced]);
+    assert!(place.disk.power_cuts_all(64).iter().all(|cut| all_kept().all(|path| cut.seen(path).is_some())));
     let foreign = ["settings", "keystore.backup", "other.tmp"].map(|name| place.directory.join(name));
     foreign.iter().for_each(|path| place.disk.set(path, b"not ours"));
     [0, 1].iter().for_each(|&copy| place.disk.set(&beside(&place.path(copy)), b"left over"));
     place.store.remove_strays().unwrap();
-    let mut left = [place.path(0), place.path(1)].into_iter().chain(foreign).collect::<Vec<_>>();
+    assert_eq!(place.store.kept(Aside::Replaced).unwrap(), std::slice::from_ref(&replaced));
+    let mut left = [place.path(0), place.path(1), replaced].into_iter().chain(foreign).collect::<Vec<_>>();
     left.sort();
     assert_eq!(place.disk.paths(), left);
     assert!(place.disk.power_cuts_all(64).iter().all(|cut| cut.paths() == left));

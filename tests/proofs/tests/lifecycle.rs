@@ -7,6 +7,7 @@ mod house;
 
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -972,6 +973,58 @@ fn an_export_copied_over_one_file_of_a_keystore_that_went_on_loses_no_key() {
             let export = fs::read(&export).unwrap();
             assert!(kept.map(|(_, bytes)| bytes).eq([export]), "what was put back was not kept");
         }
+    }
+}
+
+#[test]
+fn what_an_import_or_a_repair_kept_aside_stays_until_something_is_to_leave() {
+    for hierarchy in HIERARCHIES {
+        let (house, key, cluster) = start(hierarchy);
+        let export = house.0.join("export");
+        cluster.create_database("d").unwrap();
+        cluster.export(&export).unwrap();
+        // Its key is in the damaged files only.
+        let lost = cluster.create_database("after").unwrap().id();
+        cluster.create_database("last").unwrap();
+        drop(cluster);
+        let damaged = house.keystore().map(|bytes| flipped(bytes, 600));
+        house.put_keystore(&damaged);
+        let kept = |name: &str| {
+            let named = |path: &Path| path.file_name().unwrap().to_string_lossy().starts_with(name);
+            house.files().into_iter().filter(|(path, _)| named(path)).collect::<Vec<_>>()
+        };
+        let b = Recorder::new("b");
+        let cluster = Cluster::import(&house.directory(), &export, quick(), Wrappers::one(key.clone())).unwrap();
+        let replaced = kept("keystore.replaced-");
+        assert!(replaced.iter().map(|(_, bytes)| bytes).eq([&damaged[0]]), "{} are kept", replaced.len());
+        drop(cluster);
+        // One copy is damaged, too, and made anew.
+        fs::write(&house.copies()[1], flipped(house.keystore()[1].clone(), 600)).unwrap();
+        let cluster = house.open(&key).unwrap();
+        let aside = kept("keystore.damaged-");
+        assert_eq!(aside.len(), 1);
+        // What the cluster does by itself removes nothing.
+        cluster.replace_cluster_key().unwrap();
+        cluster.use_wrappers(all_of(&[&key, &b])).unwrap();
+        assert!(cluster.maintain().unwrap().wrappings_repaired > 0);
+        assert!(kept("keystore.damaged-") == aside && kept("keystore.replaced-") == replaced);
+        let shredded = cluster.drop_database("d").unwrap();
+        assert_eq!(kept("keystore.damaged-").len(), 0);
+        assert!(kept("keystore.replaced-") == replaced, "the only bytes with a key are gone");
+        assert!(replaced.iter().map(|(path, _)| path).eq(&shredded.copies), "{:?}", shredded.copies);
+        let told = shredded.to_string();
+        assert!(shredded.copies.iter().all(|path| told.contains(&path.display().to_string())), "{told}");
+        assert!(
+            key.blobs_of(lost, Generation::FIRST)
+                .iter()
+                .all(|blob| hierarchy == Hierarchy::ClusterKey || contains(&replaced[0].1, blob))
+        );
+        let database = cluster.create_database("e").unwrap();
+        database.rotate().unwrap();
+        assert_eq!(database.destroy_generation(Generation::FIRST).unwrap().copies, shredded.copies);
+        shredded.copies.iter().for_each(|path| fs::remove_file(path).unwrap());
+        let shredded = cluster.drop_database("e").unwrap();
+        assert!(shredded.copies.is_empty() && !shredded.to_string().contains("replaced"), "{shredded}");
     }
 }
 

@@ -185,7 +185,7 @@ fn a_change_after_a_refused_one_works_without_reopening() {
 }
 
 #[test]
-fn what_a_rewrite_takes_away_has_left_both_files_and_what_it_keeps_is_the_same() {
+fn what_is_shredded_has_left_both_files_and_what_is_kept_is_the_same() {
     let mut secret = data_record(1, 1);
     secret.wrappings[0].blob = b"the wrapping that must be gone".to_vec();
     let database = |byte| Operation::Database { database: id(byte), name: name(byte) };
@@ -204,7 +204,7 @@ fn what_a_rewrite_takes_away_has_left_both_files_and_what_it_keeps_is_the_same()
     keystore.settle(&MAC).unwrap();
     assert!(disk.scan(&secret.wrappings[0].blob) >= 3);
     let under = Some((Hierarchy::ClusterKey, Record { created: 77, ..cluster_record(Purpose::Cluster) }));
-    keystore.rewrite(&MAC, vec![Operation::Drop { database: id(1) }], under).unwrap();
+    keystore.shred(&MAC, vec![Operation::Drop { database: id(1) }], under).unwrap();
     assert_eq!(disk.scan(&secret.wrappings[0].blob), 0);
     assert_eq!(disk.paths(), [path(0), path(1)]);
     assert_eq!((keystore.hierarchy(), keystore.cluster_record().created), (Hierarchy::ClusterKey, 77));
@@ -212,6 +212,60 @@ fn what_a_rewrite_takes_away_has_left_both_files_and_what_it_keeps_is_the_same()
     assert!(reopened.is_settled() && reopened.catalogue() == keystore.catalogue());
     assert_eq!(reopened.catalogue().databases().map(|(id, _)| id).collect::<Vec<_>>(), [id(2)]);
     assert_eq!((reopened.hierarchy(), reopened.cluster_record().created), (Hierarchy::ClusterKey, 77));
+}
+
+#[test]
+fn what_was_kept_of_a_damaged_copy_goes_only_where_something_must_leave_and_after_the_files_are_written() {
+    let mut damaged = File::new(history());
+    damaged.bytes[600] ^= 1;
+    let store = Watched::with([Some(damaged.bytes.clone()), Some(File::new(history()).bytes)]);
+    let mut keystore = open_store(store.clone()).unwrap();
+    keystore.settle(&MAC).unwrap();
+    let is_kept = || *store.kept.lock().unwrap() == std::slice::from_ref(&damaged.bytes);
+    keystore.rewrite(&MAC, Vec::new(), None).unwrap();
+    keystore.rewrite_with(&MAC, None, |_, _| Ok(())).unwrap();
+    assert!(is_kept(), "a rewrite that takes nothing away removed it");
+    let shred =
+        |keystore: &mut Keystore, byte| keystore.shred(&MAC, vec![Operation::Drop { database: id(byte) }], None);
+    store.refusing.store(true, Ordering::Relaxed);
+    assert_eq!(error_of(shred(&mut keystore, 1)).kind(), ErrorKind::Io);
+    assert!(is_kept(), "it is gone, and nothing left the files");
+    store.refusing.store(false, Ordering::Relaxed);
+    keystore.catch_up(&MAC).unwrap();
+    shred(&mut keystore, 1).unwrap();
+    assert!(store.kept.lock().unwrap().is_empty());
+}
+
+#[test]
+fn what_left_the_files_is_known_where_removing_what_was_kept_failed() {
+    let scratch = Scratch::new("strays");
+    let disk = disk_with(both(&File::new(history()).bytes), Broken::No);
+    let kept = dir().join("keystore.damaged-1-1");
+    disk.set(&kept, b"kept");
+    let mut keystore = open_store(scratch.store(&disk)).unwrap();
+    let mut at = 0;
+    let error = loop {
+        let before = disk.kill();
+        let mut keystore = open_store(scratch.store(&before)).unwrap();
+        before.arm(at, crate::storage::disk::simulated::Fault::Once);
+        let outcome = keystore.shred(&MAC, vec![Operation::Drop { database: id(1) }], None);
+        before.heal();
+        scratch.locks().set_dirty(false).unwrap();
+        match outcome {
+            Err(error) if keystore.catalogue().databases().count() == 0 => {
+                assert!(keystore.is_behind().unwrap() && keystore.catch_up(&MAC).unwrap());
+                assert_eq!(keystore.catalogue().databases().count(), 0);
+                keystore.append(&MAC, new_database(2)).unwrap();
+                break error;
+            }
+            Err(_) => assert!(before.seen(&kept).is_some(), "step {at}: it is gone, and the files are as they were"),
+            Ok(()) => panic!("no step fails behind the files"),
+        }
+        at += 1;
+    };
+    assert!(error.to_string().contains("keystore.damaged-"), "{error}");
+    keystore.shred(&MAC, Vec::new(), None).unwrap();
+    assert_eq!(disk.paths(), [path(0), path(1)]);
 }
 
 #[test]
@@ -352,7 +406,7 @@ fn an_exported_keystore_is_whole_and_installing_it_is_the_newest_change_of_all()
     let mut keystore = exported.verify(&MAC).unwrap();
     assert!(keystore.catalogue() == exporter.catalogue());
     keystore.install(&MAC).unwrap();
-    assert_eq!(*store.kept.lock().unwrap(), [older, vec![1, 2, 3]]);
+    assert_eq!(*store.replaced.lock().unwrap(), [older, vec![1, 2, 3]]);
     assert!(keystore.is_settled() && keystore.catalogue() == exporter.catalogue());
     assert!(keystore.position().0 > seen.0 + (1 << 32), "files that have seen a later change would not open");
     assert!(keystore.has(seen.0, &seen.1) && keystore.has(seen.0 + 1000, &[7; 16]));

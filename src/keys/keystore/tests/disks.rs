@@ -20,14 +20,14 @@ const POWER_CUTS: usize = 12;
 #[derive(Clone)]
 enum Change {
     Append(Vec<Operation>),
-    Rewrite(Vec<Operation>),
+    Shred(Vec<Operation>),
 }
 
 impl Change {
     fn make(&self, keystore: &mut Keystore) -> Result<()> {
         match self.clone() {
             Self::Append(operations) => keystore.append(&MAC, operations),
-            Self::Rewrite(operations) => keystore.rewrite(&MAC, operations, None),
+            Self::Shred(operations) => keystore.shred(&MAC, operations, None),
         }
     }
 }
@@ -41,10 +41,10 @@ fn changes() -> Vec<Change> {
         Change::Append(vec![Operation::KeyUseAdd(key_use(1, 9, 1))]),
         Change::Append(vec![Operation::Generation(wide)]),
         Change::Append(vec![Operation::KeyUseRaise { kind, owner, database, oldest: generation(2) }]),
-        Change::Rewrite(vec![Operation::State { database, generation: generation(1), state: KeyState::Destroyed }]),
+        Change::Shred(vec![Operation::State { database, generation: generation(1), state: KeyState::Destroyed }]),
         Change::Append(new_database(2)),
         Change::Append(vec![Operation::KeyUseRelease { kind, owner, database }]),
-        Change::Rewrite(vec![Operation::Drop { database: id(1) }]),
+        Change::Shred(vec![Operation::Drop { database: id(1) }]),
     ]
 }
 
