@@ -111,8 +111,9 @@ impl Cluster {
     }
 
     /// Opens the cluster in `directory`. Nothing in the keystore is believed before the cluster key was unwrapped under one
-    /// of `wrappers` and the keystore's MACs were checked with it. Where one copy of the keystore is damaged, or an
-    /// older file was put in its place, the other is used, and that one made anew: [`Cluster::keystore_findings`] tells.
+    /// of `wrappers` and the keystore's MACs were checked with it. Where one copy of the keystore is damaged or
+    /// cannot be read, or an older file was put in its place, the other is used, and that one made anew:
+    /// [`Cluster::keystore_findings`] tells.
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`] without a keystore; [`ErrorKind::WrongIdentity`] if it is another cluster than expected, before
@@ -296,6 +297,7 @@ impl Cluster {
                 CopyState::Older => Some(format!("{name} is from before a rewrite, which a crash interrupted")),
                 CopyState::Missing => Some(format!("{name} is missing")),
                 CopyState::Damaged(what) => Some(format!("{name} is damaged: {what}")),
+                CopyState::Unreadable(why) => Some(format!("{name} cannot be read: {why}")),
             }
         });
         told.collect()

@@ -79,12 +79,12 @@ impl Cluster {
 }
 
 impl ClusterInner {
-    /// The whole keystore. If both copies were lost or damaged while it was open, or an older one put in their place, as it
-    /// was before: that may be the way to get it back.
+    /// The whole keystore. If both copies were lost or damaged or became unreadable while it was open, or an older one put in
+    /// their place, as it was before: that may be the way to get it back.
     fn export(&self) -> Result<Vec<u8>> {
-        use ErrorKind::{Authentication, Damaged, KeystoreStale, NotFound};
+        use ErrorKind::{Authentication, Damaged, Io, KeystoreStale, NotFound};
         match self.look(|keystore, root| keystore.export(&root.mac)) {
-            Err(error) if matches!(error.kind(), NotFound | Damaged | Authentication | KeystoreStale) => {
+            Err(error) if matches!(error.kind(), NotFound | Damaged | Authentication | KeystoreStale | Io) => {
                 let root = self.root()?;
                 self.keystore().export(&root.mac)
             }

@@ -189,6 +189,8 @@ pub(crate) enum CopyState {
     Missing,
     /// What is wrong, and at which byte.
     Damaged(String),
+    /// It is there, and this is why it cannot be read.
+    Unreadable(String),
 }
 
 /// A keystore that verified: its history, and where it was found.

@@ -22,7 +22,7 @@ use crate::format::record::Record;
 use crate::ids::ClusterId;
 use crate::keys::catalogue::{Catalogue, Conflict};
 use crate::keys::chain::{self, CopyState, Fault, Tag, Tip, Verified};
-use crate::keys::store::{Aside, Durability, KeystoreStore, Version, Versions, store_failed};
+use crate::keys::store::{Aside, Durability, KeystoreStore, Version, Versions, is_about_the_copy, store_failed};
 
 /// What an import adds to the sequence: files that have seen later changes of the lost keystore must open with it, and no
 /// keystore makes so many changes.
@@ -34,8 +34,40 @@ const SPARE_GROUPS: usize = 1024;
 /// keystore they claim to be, and their cluster record only what to ask a master key to unwrap.
 pub(crate) struct UnverifiedKeystore {
     store: Arc<dyn KeystoreStore>,
-    copies: [Option<(Version, Vec<u8>)>; 2],
+    copies: [Found; 2],
     headers: Vec<Header>,
+}
+
+/// One copy, as far as it could be read.
+enum Found {
+    Missing,
+    Read(Version, Vec<u8>),
+    /// Something is there, and this is why it cannot be read.
+    Unreadable(Option<Version>, io::Error),
+}
+
+impl Found {
+    fn version(&self) -> Option<Version> {
+        match self {
+            Self::Missing => None,
+            Self::Read(version, _) => Some(*version),
+            Self::Unreadable(version, _) => *version,
+        }
+    }
+
+    fn bytes(&self) -> Option<&[u8]> {
+        match self {
+            Self::Read(_, bytes) => Some(bytes),
+            Self::Missing | Self::Unreadable(..) => None,
+        }
+    }
+
+    fn into_bytes(self) -> Option<Vec<u8>> {
+        match self {
+            Self::Read(_, bytes) => Some(bytes),
+            Self::Missing | Self::Unreadable(..) => None,
+        }
+    }
 }
 
 impl UnverifiedKeystore {
@@ -43,27 +75,27 @@ impl UnverifiedKeystore {
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`] if there is none, [`ErrorKind::Damaged`] if none has a header, [`ErrorKind::Unsupported`] if
-    /// it is of a version that this build does not know, [`ErrorKind::Io`].
+    /// it is of a version that this build does not know, [`ErrorKind::Io`] if none can be read.
     pub(crate) fn read(store: Arc<dyn KeystoreStore>) -> Result<Self> {
-        let copies = [read_copy(&*store, 0)?, read_copy(&*store, 1)?];
+        let copies = read_copies(&*store)?;
         Self::from_copies(store, copies)
     }
 
     /// An exported keystore, to be put into `store`.
     pub(crate) fn exported(store: Arc<dyn KeystoreStore>, bytes: Vec<u8>) -> Result<Self> {
         let version = Version { file: 0, len: bytes.len() as u64 };
-        Self::from_copies(store, [Some((version, bytes)), None])
+        Self::from_copies(store, [Found::Read(version, bytes), Found::Missing])
     }
 
-    fn from_copies(store: Arc<dyn KeystoreStore>, copies: [Option<(Version, Vec<u8>)>; 2]) -> Result<Self> {
-        if copies.iter().all(Option::is_none) {
+    fn from_copies(store: Arc<dyn KeystoreStore>, copies: [Found; 2]) -> Result<Self> {
+        if are_missing(&copies) {
             let message = format!("there is no keystore {}; check the directory, or create the cluster", store.name(0));
             return Err(Error::new(ErrorKind::NotFound, message));
         }
         let mut headers: Vec<Header> = Vec::new();
         let mut refused = None;
         for (which, copy) in copies.iter().enumerate() {
-            let Some((_, bytes)) = copy else { continue };
+            let Some(bytes) = copy.bytes() else { continue };
             match Header::decode(bytes) {
                 Ok((header, _)) if headers.contains(&header) => {}
                 Ok((header, _)) => headers.push(header),
@@ -102,29 +134,62 @@ impl UnverifiedKeystore {
     pub(crate) fn verify(self, mac: &HmacKey) -> Result<Keystore> {
         let unfinished = self.store.is_unfinished()?;
         let verified = verify_copies(&*self.store, mac, &self.copies)?;
-        let versions = self.copies.map(|copy| copy.map(|(version, _)| version));
+        let versions = self.copies.each_ref().map(Found::version);
         Ok(Keystore::adopt(self.store, verified, versions, unfinished))
     }
 }
 
-fn read_copy(store: &dyn KeystoreStore, which: usize) -> Result<Option<(Version, Vec<u8>)>> {
-    store.read(which).map_err(|error| match error.kind() {
-        io::ErrorKind::FileTooLarge => Fault::too_long().into_error(&store.name(which)),
-        _ => store_failed("reading", &store.name(which), error),
-    })
+/// Reads both copies. That one cannot be read is what became of it, as long as the other one can.
+fn read_copies(store: &dyn KeystoreStore) -> Result<[Found; 2]> {
+    let copies = [read_copy(store, 0)?, read_copy(store, 1)?];
+    if copies.iter().any(|copy| copy.bytes().is_some()) {
+        return Ok(copies);
+    }
+    match copies {
+        [Found::Unreadable(_, error), _] => Err(unreadable(&store.name(0), error)),
+        [_, Found::Unreadable(_, error)] => Err(unreadable(&store.name(1), error)),
+        copies => Ok(copies),
+    }
 }
 
-fn bytes_of(copies: &[Option<(Version, Vec<u8>)>; 2]) -> [Option<&[u8]>; 2] {
-    copies.each_ref().map(|copy| copy.as_ref().map(|(_, bytes)| bytes.as_slice()))
+fn read_copy(store: &dyn KeystoreStore, which: usize) -> Result<Found> {
+    let failed = |error| store_failed("reading", &store.name(which), error);
+    match store.read(which) {
+        Ok(Some((version, bytes))) => Ok(Found::Read(version, bytes)),
+        Ok(None) => Ok(Found::Missing),
+        Err(error) if is_about_the_copy(&error) => {
+            Ok(Found::Unreadable(store.versions().map_err(failed)?[which], error))
+        }
+        Err(error) => Err(failed(error)),
+    }
 }
 
-fn verify_copies(
-    store: &dyn KeystoreStore,
-    mac: &HmacKey,
-    copies: &[Option<(Version, Vec<u8>)>; 2],
-) -> Result<Verified> {
+/// Why a keystore is refused of which no copy can be read.
+fn unreadable(name: &str, error: io::Error) -> Error {
+    if error.kind() == io::ErrorKind::FileTooLarge {
+        return Fault::too_long().into_error(&name);
+    }
+    let what = format_args!("neither copy of the keystore {name} can be read");
+    Error::io(format_args!("{what}; check the disk, or move both files away and import an export"), error)
+}
+
+fn are_missing(copies: &[Found; 2]) -> bool {
+    copies.iter().all(|copy| matches!(copy, Found::Missing))
+}
+
+fn bytes_of(copies: &[Found; 2]) -> [Option<&[u8]>; 2] {
+    copies.each_ref().map(Found::bytes)
+}
+
+fn verify_copies(store: &dyn KeystoreStore, mac: &HmacKey, copies: &[Found; 2]) -> Result<Verified> {
     let verified = mac.with(|hmac| chain::verify(hmac, bytes_of(copies)))?;
-    verified.map_err(|(which, fault)| fault.into_error(&store.name(which)))
+    let mut verified = verified.map_err(|(which, fault)| fault.into_error(&store.name(which)))?;
+    for (state, copy) in verified.copies.iter_mut().zip(copies) {
+        if let Found::Unreadable(_, why) = copy {
+            *state = CopyState::Unreadable(why.to_string());
+        }
+    }
+    Ok(verified)
 }
 
 /// A verified keystore. One handle in a process; the caller serialises changes, here and with other processes.
@@ -281,10 +346,9 @@ impl Keystore {
         }
     }
 
-    /// Reads what was appended. False if it does not verify to its end: then both copies are read whole.
+    /// Reads what was appended. False if it cannot be read, or does not verify to its end: then both copies are read whole.
     fn follow_on(&mut self, mac: &HmacKey, now: &Versions) -> Result<bool> {
-        let read = self.store.read_from(self.tip.end as u64);
-        let bytes = read.map_err(|error| store_failed("reading", &self.store.name(0), error))?;
+        let Ok(bytes) = self.store.read_from(self.tip.end as u64) else { return Ok(false) };
         // If the catalogue is left between two changes, all is read again.
         self.unsure = true;
         let (header, catalogue, tags, tip) = (&self.header, &mut self.catalogue, &mut self.tags, self.tip);
@@ -303,8 +367,8 @@ impl Keystore {
     /// Reads and verifies both copies anew.
     fn reload(&mut self, mac: &HmacKey) -> Result<Reloaded> {
         let unfinished = self.store.is_unfinished()?;
-        let copies = [read_copy(&*self.store, 0)?, read_copy(&*self.store, 1)?];
-        if copies.iter().all(Option::is_none) {
+        let copies = read_copies(&*self.store)?;
+        if are_missing(&copies) {
             let message = format!("the keystore {} is gone; restore it from a copy", self.store.name(0));
             return Err(Error::new(ErrorKind::NotFound, message));
         }
@@ -314,13 +378,13 @@ impl Keystore {
         }
         self.settled = is_settled(&verified, unfinished);
         self.durable = !unfinished;
-        self.versions = copies.each_ref().map(|copy| copy.as_ref().map(|(version, _)| *version));
+        self.versions = copies.each_ref().map(Found::version);
         let bytes = verified.bytes(bytes_of(&copies)).to_vec();
         let Verified { header, catalogue, tip, tags, copies: states, .. } = verified;
         (self.header, self.catalogue, self.tip, self.tags) = (header, catalogue, tip, tags);
         self.remember(states.clone());
         self.unsure = false;
-        Ok(Reloaded { bytes, copies: copies.map(|copy| copy.map(|(_, bytes)| bytes)), states })
+        Ok(Reloaded { bytes, copies: copies.map(Found::into_bytes), states })
     }
 
     /// Whether `verified` is what became of this history.
@@ -366,7 +430,7 @@ impl Keystore {
     }
 
     /// Keeps aside what is about to go, unless the other copy shows that nothing is lost with it.
-    fn keep_damaged(&self, Reloaded { copies, states, .. }: &Reloaded) -> Result<()> {
+    fn keep_damaged(&mut self, Reloaded { copies, states, .. }: &Reloaded) -> Result<()> {
         for (which, state) in states.iter().enumerate() {
             // A crash tears one copy at a time, nearly always: if both are torn, it may have been none.
             let vouched = matches!(states[1 - which], CopyState::Intact | CopyState::Short | CopyState::Older);
@@ -375,11 +439,21 @@ impl Keystore {
                 CopyState::Torn => !vouched,
                 _ => false,
             };
-            if let (true, Some(bytes)) = (keep, &copies[which]) {
-                let kept = self.store.keep_aside(bytes, Aside::Damaged, self.tip.seq);
-                kept.map_err(|error| store_failed("keeping a damaged copy of", &self.store.name(which), error))?;
-            }
+            let kept = match &copies[which] {
+                Some(bytes) if keep => self.store.keep_aside(bytes, Aside::Damaged, self.tip.seq),
+                None if matches!(state, CopyState::Unreadable(_)) => self.move_aside(which, Aside::Damaged),
+                _ => Ok(()),
+            };
+            kept.map_err(|error| store_failed("keeping a damaged copy of", &self.store.name(which), error))?;
         }
+        Ok(())
+    }
+
+    /// What cannot be read keeps its bytes, whatever can be read of them later: it is not written over.
+    fn move_aside(&mut self, which: usize, why: Aside) -> io::Result<()> {
+        self.unsure = true;
+        self.store.move_aside(which, why, self.tip.seq)?;
+        self.versions[which] = None;
         Ok(())
     }
 
@@ -511,10 +585,12 @@ impl Keystore {
     pub(crate) fn install(&mut self, mac: &HmacKey) -> Result<()> {
         self.versions = self.versions()?;
         for which in 0..2 {
-            if let Some((_, bytes)) = read_copy(&*self.store, which)? {
-                let kept = self.store.keep_aside(&bytes, Aside::Replaced, self.tip.seq);
-                kept.map_err(|error| store_failed("keeping", &self.store.name(which), error))?;
-            }
+            let kept = match read_copy(&*self.store, which)? {
+                Found::Missing => Ok(()),
+                Found::Read(_, bytes) => self.store.keep_aside(&bytes, Aside::Replaced, self.tip.seq),
+                Found::Unreadable(..) => self.move_aside(which, Aside::Replaced),
+            };
+            kept.map_err(|error| store_failed("keeping", &self.store.name(which), error))?;
         }
         let header = Header { sequence: self.next_sequence(IMPORT_JUMP)?, ..self.header.clone() };
         let (bytes, verified) = write_checked(&*self.store, mac, header, &self.catalogue)?;

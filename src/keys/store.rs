@@ -82,7 +82,8 @@ pub(crate) trait KeystoreStore: Send + Sync {
     /// The versions of both, without reading them.
     fn versions(&self) -> io::Result<Versions>;
 
-    /// One copy, whole, and its version. `None` if it is missing.
+    /// One copy, whole, and its version. `None` if it is missing. If [`is_about_the_copy`] is true of the error, the other
+    /// one may be readable.
     fn read(&self, copy: usize) -> io::Result<Option<(Version, Vec<u8>)>>;
 
     /// What the first copy has from byte `at` on.
@@ -99,6 +100,9 @@ pub(crate) trait KeystoreStore: Send + Sync {
 
     /// Keeps the bytes of a copy that goes, for whoever wants to know what was in it.
     fn keep_aside(&self, bytes: &[u8], why: Aside, number: u64) -> io::Result<()>;
+
+    /// Gives a copy that cannot be read another name; there is no such copy then.
+    fn move_aside(&self, copy: usize, why: Aside, number: u64) -> io::Result<()>;
 
     /// Removes what may still hold an older state: what was kept of damaged copies, and the left-overs of crashes. Not what
     /// an import replaced: it may hold keys that are nowhere else.
@@ -155,6 +159,11 @@ impl FileStore {
         Ok(written)
     }
 
+    /// The names under which a copy may be kept aside, in the order in which they are taken.
+    fn names_aside(&self, why: Aside, number: u64) -> impl Iterator<Item = PathBuf> {
+        (1..=u32::MAX).map(move |again| self.directory.join(format!("{}{number}-{again}", why.prefix())))
+    }
+
     /// The files that were kept aside for this reason.
     pub(crate) fn kept(&self, why: Aside) -> io::Result<Vec<PathBuf>> {
         Ok(self.disk.list(&self.directory)?.into_iter().filter(|path| why.kept(path)).collect())
@@ -166,6 +175,20 @@ impl FileStore {
         }
         Err(io::Error::other("somebody else changed the keystore, without taking its lock"))
     }
+}
+
+/// Whether reading a copy failed because of what lies there, and not because this process lacks something that reading the
+/// other copy needs, too.
+pub(crate) fn is_about_the_copy(error: &io::Error) -> bool {
+    match error.raw_os_error() {
+        Some(code) => [libc::EIO, libc::EUCLEAN, libc::EBADMSG, libc::ENODATA, libc::EISDIR].contains(&code),
+        // Our own: it is longer than a keystore can be, or no plain file.
+        None => matches!(error.kind(), io::ErrorKind::FileTooLarge | io::ErrorKind::InvalidInput),
+    }
+}
+
+fn no_name_left() -> io::Error {
+    io::Error::other("too many files were kept aside; move them away")
 }
 
 fn missing() -> io::Error {
@@ -229,18 +252,27 @@ impl KeystoreStore for FileStore {
 
     fn keep_aside(&self, bytes: &[u8], why: Aside, number: u64) -> io::Result<()> {
         // Under a name of its own: what was kept earlier is not replaced.
-        let named = |again: u32| self.directory.join(format!("{}{number}-{again}", why.prefix()));
-        for again in 1..=u32::MAX {
-            match self.disk.stat(&named(again))? {
-                Some(_) if self.disk.read(&named(again), MAX_FILE_LEN as u64)? == bytes => return Ok(()),
-                Some(_) => {}
-                None => {
-                    self.disk.write_new(&named(again), bytes)?;
-                    return self.disk.sync_dir(&self.directory);
-                }
+        for path in self.names_aside(why, number) {
+            if !self.disk.exists(&path)? {
+                self.disk.write_new(&path, bytes)?;
+                return self.disk.sync_dir(&self.directory);
+            }
+            // What was moved there may be unreadable; then it has other bytes.
+            if self.disk.read(&path, MAX_FILE_LEN as u64).is_ok_and(|kept| kept == bytes) {
+                return Ok(());
             }
         }
-        Ok(())
+        Err(no_name_left())
+    }
+
+    fn move_aside(&self, copy: usize, why: Aside, number: u64) -> io::Result<()> {
+        for path in self.names_aside(why, number) {
+            if !self.disk.exists(&path)? {
+                self.disk.rename(&self.paths[copy], &path)?;
+                return self.disk.sync_dir(&self.directory);
+            }
+        }
+        Err(no_name_left())
     }
 
     fn remove_strays(&self) -> io::Result<()> {
@@ -335,6 +367,11 @@ impl KeystoreStore for MemoryStore {
     }
 
     fn keep_aside(&self, _: &[u8], _: Aside, _: u64) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn move_aside(&self, copy: usize, _: Aside, _: u64) -> io::Result<()> {
+        self.copies()[copy] = None;
         Ok(())
     }
 

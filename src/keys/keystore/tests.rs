@@ -197,6 +197,8 @@ impl File {
     }
 }
 
+type ReadError = fn() -> io::Error;
+
 /// A store in memory that another one can be put in the place of, which counts what is read, and whose mark can be set.
 #[derive(Default)]
 struct Watched {
@@ -206,6 +208,9 @@ struct Watched {
     refusing: AtomicBool,
     kept: Mutex<Vec<Vec<u8>>>,
     replaced: Mutex<Vec<Vec<u8>>>,
+    /// How reading each copy fails. What is moved aside, or made anew, is another file.
+    read_errors: Mutex<[Option<ReadError>; 2]>,
+    moved: Mutex<Vec<(usize, Aside)>>,
 }
 
 impl Watched {
@@ -213,6 +218,10 @@ impl Watched {
         let store = Self::default();
         *store.inner.write().unwrap() = MemoryStore::with(copies);
         Arc::new(store)
+    }
+
+    fn fail_read(&self, copy: usize) -> io::Result<()> {
+        self.read_errors.lock().unwrap()[copy].map_or(Ok(()), |error| Err(error()))
     }
 
     fn write<R>(&self, write: impl FnOnce(&MemoryStore) -> io::Result<R>) -> io::Result<R> {
@@ -236,10 +245,12 @@ impl KeystoreStore for Watched {
 
     fn read(&self, copy: usize) -> io::Result<Option<(Version, Vec<u8>)>> {
         self.whole_reads.fetch_add(1, Ordering::Relaxed);
+        self.fail_read(copy)?;
         self.inner.read().unwrap().read(copy)
     }
 
     fn read_from(&self, at: u64) -> io::Result<Vec<u8>> {
+        self.fail_read(0)?;
         self.inner.read().unwrap().read_from(at)
     }
 
@@ -259,6 +270,12 @@ impl KeystoreStore for Watched {
         let kept = if why == Aside::Damaged { &self.kept } else { &self.replaced };
         kept.lock().unwrap().push(bytes.to_vec());
         Ok(())
+    }
+
+    fn move_aside(&self, copy: usize, why: Aside, number: u64) -> io::Result<()> {
+        self.moved.lock().unwrap().push((copy, why));
+        self.read_errors.lock().unwrap()[copy] = None;
+        self.inner.read().unwrap().move_aside(copy, why, number)
     }
 
     fn remove_strays(&self) -> io::Result<()> {

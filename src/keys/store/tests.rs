@@ -261,3 +261,26 @@ fn the_store_in_memory_keeps_the_same_promises() {
     let replaced = store.replace(&appended, b"created MORE").unwrap();
     assert_ne!(replaced, appended, "equal versions have equal bytes");
 }
+
+#[test]
+fn what_cannot_be_read_is_moved_to_a_free_name_durably_and_what_is_kept_later_goes_beside_it() {
+    let place = Place::new("moved");
+    let versions = place.store.create(b"created").unwrap();
+    let named = |number: &str| place.directory.join(format!("keystore.damaged-{number}"));
+    place.store.keep_aside(b"kept", Aside::Damaged, 7).unwrap();
+    place.disk.fail_reads(&place.path(1));
+    let error = place.store.read(1).unwrap_err();
+    assert!(is_about_the_copy(&error), "{error}");
+    assert_eq!(place.store.versions().unwrap(), versions);
+    place.store.move_aside(1, Aside::Damaged, 7).unwrap();
+    assert_eq!(place.store.versions().unwrap(), [versions[0], None]);
+    assert!(place.disk.power_cuts_all(64).iter().all(|cut| cut.seen(&named("7-2")).unwrap() == b"created"));
+    // Among them is a file that cannot be compared.
+    place.store.keep_aside(b"created", Aside::Damaged, 7).unwrap();
+    let kept = ["7-1", "7-2", "7-3"].map(named);
+    assert_eq!(place.store.kept(Aside::Damaged).unwrap(), kept);
+    place.store.replace(&[versions[0], None], b"anew").unwrap();
+    assert_eq!(place.seen(), [b"anew", b"anew"]);
+    place.store.remove_strays().unwrap();
+    assert!(place.store.kept(Aside::Damaged).unwrap().is_empty());
+}

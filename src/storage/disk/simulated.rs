@@ -75,6 +75,8 @@ pub struct SimulatedDisk {
 struct State {
     inodes: Vec<Inode>,
     names: Directories,
+    /// Files of which no byte can be read.
+    unreadable: BTreeSet<usize>,
     broken: Broken,
     fault: Option<Armed>,
     counted: Counted,
@@ -196,6 +198,18 @@ impl SimulatedDisk {
         });
     }
 
+    /// The disk's sectors under the file at `path` went bad: it cannot be read any more, under whatever name. Other calls work.
+    ///
+    /// # Panics
+    /// If there is no such file.
+    pub fn fail_reads(&self, path: &Path) {
+        let done = self.with(|state| {
+            let file = state.names.seen().get(path).copied();
+            file.is_some_and(|file| state.unreadable.insert(file))
+        });
+        assert!(done, "there is no readable file {}", path.display());
+    }
+
     /// Bit rot: changes one byte, for programs and on the disk.
     ///
     /// # Panics
@@ -302,7 +316,8 @@ impl State {
         for file in files {
             inodes[file] = Inode::durable(self.inodes[file].after_power_cut(choose));
         }
-        Self { inodes, names: Directories::durable(names), broken: self.broken, ..Self::default() }
+        let unreadable = self.unreadable.clone();
+        Self { inodes, names: Directories::durable(names), unreadable, broken: self.broken, ..Self::default() }
     }
 
     /// Counts a step that a full disk does not hinder.
@@ -382,7 +397,11 @@ impl Disk for SimulatedDisk {
     fn read_from(&self, path: &Path, at: u64, max: u64) -> io::Result<Vec<u8>> {
         self.with(|state| {
             state.look()?;
-            let seen = state.inodes[state.find(path)?].seen();
+            let file = state.find(path)?;
+            if state.unreadable.contains(&file) {
+                return Err(Failure(Done::Nothing, Errno::Io).into());
+            }
+            let seen = state.inodes[file].seen();
             let rest = usize::try_from(at).ok().and_then(|at| seen.get(at..)).unwrap_or_default();
             if rest.len() as u64 > max { Err(io::ErrorKind::FileTooLarge.into()) } else { Ok(rest.to_vec()) }
         })

@@ -87,6 +87,10 @@ fn damage_every(from: usize, threads: usize) -> Counts {
     let whole = Whole::of(&case);
     let mut counts = Counts::default();
     let copies = COPIES.map(|name| case.world.path(name));
+    for (copy, path) in copies.iter().enumerate() {
+        let what = format!("copy {copy} cannot be read");
+        one_copy(&case, &whole, &what, &mut counts, |disk| disk.fail_reads(path));
+    }
     for at in (from..whole.bytes.len()).step_by(threads) {
         for (copy, xor) in [(0, 1), (0, 0xff), (1, 0x10)] {
             let what = format!("byte {at} of copy {copy} by {xor:#x}");

@@ -1028,6 +1028,80 @@ fn what_an_import_or_a_repair_kept_aside_stays_until_something_is_to_leave() {
     }
 }
 
+/// Puts something in the place of a file that cannot be read as a keystore.
+fn make_unreadable(path: &Path, directory: bool) {
+    if directory {
+        fs::remove_file(path).unwrap();
+        fs::create_dir(path).unwrap();
+        fs::write(path.join("note"), b"not ours").unwrap();
+    } else {
+        fs::OpenOptions::new().write(true).open(path).unwrap().set_len((1 << 30) + 1).unwrap();
+    }
+}
+
+/// What is kept aside, directories too.
+fn kept_aside(house: &House, name: &str) -> Vec<std::path::PathBuf> {
+    let named = |path: &std::path::PathBuf| path.file_name().unwrap().to_string_lossy().starts_with(name);
+    fs::read_dir(house.directory()).unwrap().map(|entry| entry.unwrap().path()).filter(named).collect()
+}
+
+#[test]
+fn one_copy_that_cannot_be_read_stops_nothing_and_is_moved_aside_and_made_anew() {
+    for directory in [true, false] {
+        for which in [0, 1] {
+            let (house, key, cluster) = start(Hierarchy::Direct);
+            let filled = Filled::new(&cluster, 2);
+            let good = house.keystore();
+            // Under a running process, and for the next one.
+            make_unreadable(&house.copies()[which], directory);
+            filled.check(&cluster).unwrap();
+            cluster.export(&house.0.join("export")).unwrap();
+            drop(cluster);
+            let cluster = house.open(&key).unwrap();
+            filled.check(&cluster).unwrap();
+            let findings = cluster.keystore_findings();
+            let named = format!("{} cannot be read", house.copies()[which].display());
+            assert!(findings.len() == 1 && findings[0].starts_with(&named), "{findings:?}");
+            assert!(house.keystore() == good, "it was not made anew");
+            let [aside] = kept_aside(&house, "keystore.damaged-").try_into().unwrap();
+            assert_eq!(aside.is_dir(), directory);
+            assert!(!directory || fs::read(aside.join("note")).unwrap() == b"not ours");
+            cluster.drop_database("d1").unwrap();
+            drop(cluster);
+            assert_eq!(house.open(&key).unwrap().keystore_findings(), [""; 0]);
+        }
+    }
+}
+
+#[test]
+fn copies_that_cannot_be_read_do_not_prevent_an_export_by_who_has_it_in_memory_nor_an_import() {
+    for directory in [true, false] {
+        let (house, key, cluster) = start(Hierarchy::Direct);
+        let filled = Filled::new(&cluster, 2);
+        make_unreadable(&house.copies()[0], directory);
+        fs::write(&house.copies()[1], b"rubbish").unwrap();
+        let export = house.0.join("export");
+        cluster.export(&export).unwrap();
+        house.copies().iter().for_each(|copy| drop(fs::remove_file(copy)));
+        fs::create_dir_all(&house.copies()[0]).unwrap();
+        fs::create_dir_all(&house.copies()[1]).unwrap();
+        cluster.export(&house.0.join("again")).unwrap();
+        drop(cluster);
+        assert_eq!(kind(house.open(&key)), ErrorKind::Io);
+        let import = || Cluster::import(&house.directory(), &export, quick(), Wrappers::one(key.clone()));
+        // Whether a newer one is there nobody can tell.
+        let error = import().unwrap_err();
+        assert!(error.kind() == ErrorKind::Io && error.to_string().contains("move both files away"), "{error}");
+        fs::remove_dir(&house.copies()[1]).unwrap();
+        fs::write(&house.copies()[1], b"rubbish").unwrap();
+        let cluster = import().unwrap();
+        filled.check(&cluster).unwrap();
+        assert_eq!(kept_aside(&house, "keystore.replaced-").len(), 2);
+        drop(cluster);
+        filled.check(&house.open(&key).unwrap()).unwrap();
+    }
+}
+
 #[test]
 fn a_dropped_database_is_not_in_an_export_made_after_it_and_is_in_one_made_before() {
     let (house, key, cluster) = start(Hierarchy::Direct);

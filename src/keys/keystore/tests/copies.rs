@@ -373,3 +373,112 @@ fn what_a_rewrite_left_in_one_copy_is_kept_aside_if_any_of_it_does_not_verify() 
         assert!(*store.kept.lock().unwrap() == [kept]);
     }
 }
+
+const OF_ONE_COPY: [ReadError; 6] = [
+    || io::Error::from_raw_os_error(libc::EIO),
+    || io::Error::from_raw_os_error(libc::EUCLEAN),
+    || io::Error::from_raw_os_error(libc::EBADMSG),
+    || io::Error::from_raw_os_error(libc::EISDIR),
+    || io::ErrorKind::FileTooLarge.into(),
+    || io::Error::new(io::ErrorKind::InvalidInput, "it is not a plain file"),
+];
+
+impl Watched {
+    fn unreadable(copies: Copies, which: &[usize], error: ReadError) -> Arc<Self> {
+        let store = Self::with(copies);
+        which.iter().for_each(|&which| store.read_errors.lock().unwrap()[which] = Some(error));
+        store
+    }
+}
+
+#[test]
+fn a_copy_that_cannot_be_read_is_repaired_from_the_other_and_moved_aside() {
+    let file = File::new(history());
+    for error in OF_ONE_COPY {
+        for which in [0, 1] {
+            let store = Watched::unreadable(both(&file.bytes), &[which], error);
+            let mut keystore = open_store(store.clone()).unwrap_or_else(|refused| panic!("{}: {refused}", error()));
+            assert_eq!(file.position(keystore.catalogue()), Some(file.groups()));
+            assert_eq!(keystore.copies()[which], CopyState::Unreadable(error().to_string()));
+            assert_eq!(keystore.copies()[1 - which], CopyState::Intact);
+            assert!(!keystore.is_settled() && !keystore.is_behind().unwrap());
+            assert!(store.moved.lock().unwrap().is_empty(), "looking changed something");
+            keystore.append(&MAC, new_database(2)).unwrap();
+            assert_eq!(*store.moved.lock().unwrap(), [(which, Aside::Damaged)]);
+            let [first, second] = read(&*store);
+            assert!(first == second && first.unwrap().starts_with(&file.bytes));
+            assert!(keystore.is_settled() && open_store(store).unwrap().catalogue() == keystore.catalogue());
+        }
+    }
+}
+
+#[test]
+fn what_this_process_lacks_is_not_blamed_on_a_copy() {
+    let file = File::new(history());
+    let lacks: [ReadError; 4] = [
+        || io::Error::from_raw_os_error(libc::EMFILE),
+        || io::Error::from_raw_os_error(libc::EACCES),
+        || io::Error::from_raw_os_error(libc::ENOMEM),
+        || io::ErrorKind::OutOfMemory.into(),
+    ];
+    for error in lacks {
+        for which in [0, 1] {
+            let store = Watched::unreadable(both(&file.bytes), &[which], error);
+            let refused = error_of(open_store(store.clone()));
+            assert_eq!(refused.kind(), ErrorKind::Io);
+            assert!(refused.to_string().contains(&store.name(which)), "{refused}");
+        }
+    }
+}
+
+#[test]
+fn a_keystore_of_which_no_copy_can_be_read_is_an_error_that_names_it() {
+    let file = File::new(history());
+    for error in OF_ONE_COPY {
+        let expected = if error().kind() == io::ErrorKind::FileTooLarge { ErrorKind::Damaged } else { ErrorKind::Io };
+        for copies in [both(&file.bytes), alone(&file.bytes)] {
+            let unreadable: &[usize] = if copies[1].is_some() { &[0, 1] } else { &[0] };
+            let store = Watched::unreadable(copies, unreadable, error);
+            let refused = error_of(open_store(store.clone()));
+            assert_eq!(refused.kind(), expected, "{refused}");
+            assert!(refused.to_string().contains(&store.name(0)), "{refused}");
+        }
+        // What the other one lacks or had is not made up.
+        let store = Watched::unreadable(both(&file.flipped(file.ends[1] + 5, 1)), &[0], error);
+        let refused = error_of(open_store(store.clone()));
+        assert_eq!(refused.kind(), ErrorKind::Damaged, "{refused}");
+        assert!(refused.to_string().contains(&store.name(1)), "{refused}");
+        assert!(store.moved.lock().unwrap().is_empty());
+    }
+}
+
+#[test]
+fn a_copy_that_becomes_unreadable_under_a_running_handle_stops_it_from_nothing() {
+    for which in [0, 1] {
+        let store = Watched::with(both(&File::new(history()).bytes));
+        let [mut ours, mut theirs] = [open_store(store.clone()).unwrap(), open_store(store.clone()).unwrap()];
+        theirs.append(&MAC, new_database(2)).unwrap();
+        store.read_errors.lock().unwrap()[which] = Some(OF_ONE_COPY[0]);
+        assert!(ours.catch_up(&MAC).unwrap());
+        assert!(ours.catalogue() == theirs.catalogue());
+        ours.append(&MAC, new_database(3)).unwrap();
+        assert!(open_store(store.clone()).unwrap().catalogue() == ours.catalogue());
+        // The second copy is not read as long as the first can be followed.
+        let moved = store.moved.lock().unwrap().len();
+        assert_eq!(moved, usize::from(which == 0));
+    }
+}
+
+#[test]
+fn an_import_moves_aside_what_cannot_be_read() {
+    let GoneOn { live, export, .. } = gone_on(1, 2);
+    for which in [0, 1] {
+        let store = Watched::unreadable(both(&live), &[which], OF_ONE_COPY[0]);
+        let mut keystore = UnverifiedKeystore::exported(store.clone(), export.clone()).unwrap().verify(&MAC).unwrap();
+        keystore.install(&MAC).unwrap();
+        assert_eq!(*store.moved.lock().unwrap(), [(which, Aside::Replaced)]);
+        assert!(*store.replaced.lock().unwrap() == std::slice::from_ref(&live));
+        let reopened = open_store(store).unwrap();
+        assert!(reopened.is_settled() && reopened.catalogue() == keystore.catalogue());
+    }
+}
