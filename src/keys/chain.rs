@@ -356,7 +356,7 @@ impl Older<'_> {
         let (this, other) = (self.which, 1 - self.which);
         match (newer, follow(hmac, self.header, alone)) {
             (Ok(newer), Ok(older)) if older.tip.seq < newest.sequence => {
-                let state = self.before_rewrite(&older);
+                let state = self.before_rewrite(&older, newest);
                 Ok((newer, other, state))
             }
             // No rewrite was interrupted: it would begin behind the last change of this copy. A file was put back, which
@@ -387,9 +387,10 @@ impl Older<'_> {
     }
 
     /// The state of this copy if it ends before the other one begins.
-    fn before_rewrite(&self, verified: &Verified) -> CopyState {
+    fn before_rewrite(&self, verified: &Verified, newest: &Header) -> CopyState {
         let Tip { end, seq, .. } = verified.tip;
-        if end == self.bytes.len() {
+        // What a crash tore behind the last change before the rewrite is no reason to keep what was to leave with it.
+        if end == self.bytes.len() || seq.checked_add(1) == Some(newest.sequence) {
             return CopyState::Older;
         }
         // Perhaps not torn: it may have gone on for longer than the other copy knows.

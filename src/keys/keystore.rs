@@ -24,9 +24,14 @@ use crate::keys::catalogue::{Catalogue, Conflict};
 use crate::keys::chain::{self, CopyState, Fault, Tag, Tip, Verified};
 use crate::keys::store::{Aside, Durability, KeystoreStore, Version, Versions, is_about_the_copy, store_failed};
 
-/// What an import adds to the sequence: files that have seen later changes of the lost keystore must open with it, and no
-/// keystore makes so many changes.
+/// What an import adds to the sequence at least: files that have seen later changes of the lost keystore must open with it, and
+/// no keystore makes so many changes.
 const IMPORT_JUMP: u64 = 1 << 32;
+/// And at least so many changes for each second since 1970, so that files which have seen an earlier import of the same export
+/// open, too.
+const CHANGES_A_SECOND: u64 = 1 << 24;
+/// Whatever the clock says, an import leaves room for the changes after it.
+const LAST_IMPORT: u64 = 1 << 62;
 /// A keystore is compacted when it has this many groups more than four for each thing that it holds.
 const SPARE_GROUPS: usize = 1024;
 
@@ -207,6 +212,9 @@ pub(crate) struct Keystore {
     durable: bool,
     /// A write failed: nobody knows what is on the disk, so it is read again before anything else.
     unsure: bool,
+    /// The last change that was read or written while it was durable: one that a process left unsynced may be gone when the
+    /// files are read again.
+    sure: (u64, Tag),
 }
 
 impl Keystore {
@@ -239,7 +247,10 @@ impl Keystore {
     fn adopt(store: Arc<dyn KeystoreStore>, verified: Verified, versions: Versions, unfinished: bool) -> Self {
         let settled = is_settled(&verified, unfinished);
         let Verified { header, catalogue, tip, tags, copies, .. } = verified;
-        Self { store, header, catalogue, tip, tags, versions, copies, settled, durable: !unfinished, unsure: false }
+        let durable = !unfinished;
+        let sure =
+            if durable { (tip.seq, tip.tag) } else { (header.sequence, tags.first().copied().unwrap_or(tip.tag)) };
+        Self { store, header, catalogue, tip, tags, versions, copies, settled, durable, unsure: false, sure }
     }
 
     /// The databases, keys and users, as of the last change.
@@ -356,6 +367,7 @@ impl Keystore {
         match followed {
             Ok(tip) if now[0].is_some_and(|version| version.len == tip.end as u64) => {
                 self.tip = tip;
+                self.sure = (tip.seq, tip.tag);
                 self.versions = *now;
                 self.unsure = false;
                 Ok(true)
@@ -382,6 +394,9 @@ impl Keystore {
         let bytes = verified.bytes(bytes_of(&copies)).to_vec();
         let Verified { header, catalogue, tip, tags, copies: states, .. } = verified;
         (self.header, self.catalogue, self.tip, self.tags) = (header, catalogue, tip, tags);
+        if self.durable {
+            self.sure = self.position();
+        }
         self.remember(states.clone());
         self.unsure = false;
         Ok(Reloaded { bytes, copies: copies.map(Found::into_bytes), states })
@@ -389,14 +404,15 @@ impl Keystore {
 
     /// Whether `verified` is what became of this history.
     fn continues_in(&self, verified: &Verified) -> bool {
-        let known = self.tip.seq.checked_sub(verified.header.sequence).and_then(|at| usize::try_from(at).ok());
+        let (seq, tag) = self.sure;
+        let known = seq.checked_sub(verified.header.sequence).and_then(|at| usize::try_from(at).ok());
         match known.map(|at| verified.tags.get(at)) {
             // It was rewritten since. What it was before cannot be told from its tags.
             None => {
                 verified.header.record.generation >= self.header.record.generation
-                    && verified.catalogue.may_have_become_of(&self.catalogue)
+                    && (!self.durable || verified.catalogue.may_have_become_of(&self.catalogue))
             }
-            Some(tag) => tag == Some(&self.tip.tag),
+            Some(known) => known == Some(&tag),
         }
     }
 
@@ -425,6 +441,7 @@ impl Keystore {
         let replaced = self.store.replace(&self.versions, &read.bytes);
         self.versions = replaced.map_err(|error| store_failed("repairing", &self.store.name(0), error))?;
         self.tip.in_both = self.tip.seq;
+        self.sure = self.position();
         (self.settled, self.durable, self.unsure) = (true, true, false);
         Ok(())
     }
@@ -481,6 +498,7 @@ impl Keystore {
                 self.catalogue.keep();
                 self.versions = versions;
                 self.tip = tip;
+                self.sure = (tip.seq, tip.tag);
                 self.tags.push(tip.tag);
                 self.unsure = false;
                 Ok(())
@@ -577,12 +595,13 @@ impl Keystore {
         write_checked(&*self.store, mac, header, &self.catalogue).map(|(bytes, _)| bytes)
     }
 
-    /// Puts this keystore, which was exported, in the place of what the store has, as the newest of all. The caller has
-    /// made sure that nothing is lost by it, and holds the lock. What it replaces is kept aside, and no rewrite removes that.
+    /// Puts this keystore, which was exported, in the place of what the store has, as the newest of all: also newer than change
+    /// `there`, the last of what is there. `now` is in seconds since 1970. The caller has made sure that nothing is lost by it,
+    /// and holds the lock. What it replaces is kept aside, and no rewrite removes that.
     ///
     /// # Errors
     /// [`ErrorKind::Io`].
-    pub(crate) fn install(&mut self, mac: &HmacKey) -> Result<()> {
+    pub(crate) fn install(&mut self, mac: &HmacKey, there: u64, now: u64) -> Result<()> {
         self.versions = self.versions()?;
         for which in 0..2 {
             let kept = match read_copy(&*self.store, which)? {
@@ -592,7 +611,10 @@ impl Keystore {
             };
             kept.map_err(|error| store_failed("keeping", &self.store.name(which), error))?;
         }
-        let header = Header { sequence: self.next_sequence(IMPORT_JUMP)?, ..self.header.clone() };
+        let by_clock = now.saturating_mul(CHANGES_A_SECOND).min(LAST_IMPORT);
+        let sequence =
+            self.next_sequence(IMPORT_JUMP)?.max(there.saturating_add(IMPORT_JUMP).min(LAST_IMPORT)).max(by_clock);
+        let header = Header { sequence, ..self.header.clone() };
         let (bytes, verified) = write_checked(&*self.store, mac, header, &self.catalogue)?;
         let versions = self.store.replace(&self.versions, &bytes);
         let versions = versions.map_err(|error| store_failed("importing", &self.store.name(0), error))?;

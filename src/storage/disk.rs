@@ -121,7 +121,8 @@ impl Disk for RealDisk {
     }
 
     fn read_from(&self, path: &Path, at: u64, max: u64) -> io::Result<Vec<u8>> {
-        let mut file = File::open(path)?;
+        // Without waiting for a writer, if somebody put a pipe there.
+        let mut file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
         let metadata = file.metadata()?;
         if !metadata.is_file() {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a plain file"));

@@ -913,6 +913,33 @@ fn an_import_is_refused_over_another_cluster_and_of_anything_but_a_whole_export_
 }
 
 #[test]
+fn the_same_export_brings_a_cluster_back_twice_and_files_that_saw_the_first_time_open() {
+    let (house, key, cluster) = start(Hierarchy::Direct);
+    let file = small_file(&cluster.create_database("d").unwrap(), "f");
+    let export = house.0.join("export");
+    fs::write(house.0.join("export.tmp"), b"a file of somebody's").unwrap();
+    cluster.export(&export).unwrap();
+    assert_eq!(fs::read(house.0.join("export.tmp")).unwrap(), b"a file of somebody's");
+    assert_eq!(
+        house.0.join("export").parent().unwrap().read_dir().unwrap().count(),
+        3,
+        "an export left something behind"
+    );
+    append(&file, 1).unwrap();
+    drop((file, cluster));
+    for time in 2..=3 {
+        house.copies().iter().for_each(|copy| fs::remove_file(copy).unwrap());
+        // As long as it took to lose it again, at least.
+        std::thread::sleep(Duration::from_millis(1_100));
+        let cluster = Cluster::import(&house.directory(), &export, quick(), Wrappers::one(key.clone())).unwrap();
+        cluster.create_database(&format!("after {time}")).unwrap();
+        let file = cluster.database("d").unwrap().page_file("f").unwrap();
+        append(&file, time).unwrap();
+        assert_eq!(read(&file, 0).unwrap(), 1);
+    }
+}
+
+#[test]
 fn no_older_keystore_is_imported_beside_anybody_who_has_the_cluster_open_and_newer_keys() {
     for hierarchy in HIERARCHIES {
         let (house, key, cluster) = start(hierarchy);

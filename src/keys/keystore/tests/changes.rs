@@ -330,7 +330,7 @@ fn an_older_keystore_that_was_put_back_and_rewritten_is_not_taken_for_what_becam
             ours.append(&MAC, [vec![release], change].concat()).unwrap();
         }
         let mut theirs = UnverifiedKeystore::exported(store.clone(), export).unwrap().verify(&MAC).unwrap();
-        theirs.install(&MAC).unwrap();
+        theirs.install(&MAC, 0, 0).unwrap();
         later(&mut theirs).unwrap();
         let error = error_of(ours.catch_up(&MAC));
         assert_eq!(error.kind(), ErrorKind::KeystoreStale, "case {which}: {error}");
@@ -343,6 +343,44 @@ fn a_database_that_is_dropped_takes_its_keys_along_and_that_is_not_going_back() 
     let [mut ours, mut theirs] = two_handles(&store);
     theirs.rewrite(&MAC, vec![Operation::Drop { database: id(1) }], None).unwrap();
     assert!(ours.catch_up(&MAC).unwrap() && same(&ours, &theirs));
+}
+
+#[test]
+fn what_a_killed_process_left_unsynced_may_be_gone_when_it_is_read_again() {
+    let file = File::new(history());
+    let shorter = |groups: usize| both(&file.bytes[..file.ends[groups]]);
+    let store = Watched::with(shorter(3));
+    let mut keystore = open_store(store.clone()).unwrap();
+    // One more change is seen in memory, whose writer ended before it was synced.
+    *store.inner.write().unwrap() = MemoryStore::with(shorter(4));
+    store.unfinished.store(true, Ordering::Relaxed);
+    assert!(keystore.catch_up(&MAC).unwrap());
+    assert_eq!(file.position(keystore.catalogue()), Some(4));
+    *store.inner.write().unwrap() = MemoryStore::with(shorter(3));
+    keystore.settle(&MAC).unwrap();
+    assert_eq!(file.position(keystore.catalogue()), Some(3));
+    // What was durable is another matter.
+    *store.inner.write().unwrap() = MemoryStore::with(shorter(2));
+    assert_eq!(error_of(keystore.catch_up(&MAC)).kind(), ErrorKind::KeystoreStale);
+}
+
+#[test]
+fn an_import_is_newer_than_what_was_there_and_than_an_earlier_one() {
+    let store = Watched::with(both(&File::new(history()).bytes));
+    let export = open_store(store.clone()).unwrap().export(&MAC).unwrap();
+    let import = |there, now| {
+        let mut imported = UnverifiedKeystore::exported(store.clone(), export.clone()).unwrap().verify(&MAC).unwrap();
+        imported.install(&MAC, there, now).unwrap();
+        imported.append(&MAC, new_database(2)).unwrap();
+        imported.position().0
+    };
+    let first = import(0, 1_700_000_000);
+    assert!(import(0, 1_700_000_001) > first + 1_000_000);
+    let far = first + (1 << 40);
+    assert!(import(far, 1_700_000_002) > far);
+    // Without a clock, at least newer than the export; with a mad one, there is room left.
+    assert!(import(0, 0) > 1 << 32);
+    assert!(import(u64::MAX, u64::MAX) < 1 << 63);
 }
 
 #[test]
@@ -405,7 +443,7 @@ fn an_exported_keystore_is_whole_and_installing_it_is_the_newest_change_of_all()
     let exported = UnverifiedKeystore::exported(store.clone(), bytes).unwrap();
     let mut keystore = exported.verify(&MAC).unwrap();
     assert!(keystore.catalogue() == exporter.catalogue());
-    keystore.install(&MAC).unwrap();
+    keystore.install(&MAC, 0, 0).unwrap();
     assert_eq!(*store.replaced.lock().unwrap(), [older, vec![1, 2, 3]]);
     assert!(keystore.is_settled() && keystore.catalogue() == exporter.catalogue());
     assert!(keystore.position().0 > seen.0 + (1 << 32), "files that have seen a later change would not open");
@@ -423,7 +461,7 @@ fn the_sequence_does_not_wrap() {
     keystore.append(&MAC, new_database(2)).unwrap();
     assert_eq!(error_of(keystore.append(&MAC, new_database(3))).kind(), ErrorKind::Invalid);
     assert_eq!(error_of(keystore.rewrite(&MAC, Vec::new(), None)).kind(), ErrorKind::Invalid);
-    assert_eq!(error_of(keystore.install(&MAC)).kind(), ErrorKind::Invalid);
+    assert_eq!(error_of(keystore.install(&MAC, 0, 0)).kind(), ErrorKind::Invalid);
     assert_eq!(open_store(store).unwrap().catalogue().databases().count(), 2);
 }
 

@@ -363,8 +363,9 @@ fn what_a_rewrite_left_in_one_copy_is_kept_aside_if_any_of_it_does_not_verify() 
     let mut damaged = old.clone();
     damaged[600] ^= 1;
     // Perhaps changes that the other copy never had, of which no head is whole.
-    let behind = [&old[..], &[7; 1024]].concat();
-    for kept in [damaged, behind] {
+    let shorter = old[..old.len() - 512].to_vec();
+    let cut = [&shorter[..], &[7; 1024]].concat();
+    for kept in [damaged, cut] {
         let store = Watched::with([Some(new.clone()), Some(kept.clone())]);
         let mut keystore = open_store(store.clone()).unwrap();
         assert!(*keystore.catalogue() == after);
@@ -372,6 +373,13 @@ fn what_a_rewrite_left_in_one_copy_is_kept_aside_if_any_of_it_does_not_verify() 
         keystore.settle(&MAC).unwrap();
         assert!(*store.kept.lock().unwrap() == [kept]);
     }
+    // What was torn off the very change before the rewrite, and what was to leave with it, is not.
+    let behind = [&old[..], &[7; 1024]].concat();
+    let store = Watched::with([Some(new), Some(behind)]);
+    let mut keystore = open_store(store.clone()).unwrap();
+    assert_eq!(keystore.copies()[1], CopyState::Older);
+    keystore.settle(&MAC).unwrap();
+    assert!(store.kept.lock().unwrap().is_empty());
 }
 
 const OF_ONE_COPY: [ReadError; 6] = [
@@ -475,7 +483,7 @@ fn an_import_moves_aside_what_cannot_be_read() {
     for which in [0, 1] {
         let store = Watched::unreadable(both(&live), &[which], OF_ONE_COPY[0]);
         let mut keystore = UnverifiedKeystore::exported(store.clone(), export.clone()).unwrap().verify(&MAC).unwrap();
-        keystore.install(&MAC).unwrap();
+        keystore.install(&MAC, 0, 0).unwrap();
         assert_eq!(*store.moved.lock().unwrap(), [(which, Aside::Replaced)]);
         assert!(*store.replaced.lock().unwrap() == std::slice::from_ref(&live));
         let reopened = open_store(store).unwrap();
