@@ -182,14 +182,16 @@ impl Catalogue {
         self.databases.map.len() + self.generations.map.len() + self.key_uses.map.len()
     }
 
-    /// The whole catalogue as operations that make it anew, in parts that must each stay in one group.
+    /// The whole catalogue as operations that make it anew, in parts that must each stay in one group: a new database and its
+    /// first key. Whatever else a database has can go into further groups, so that it may have any number of keys and users.
     pub(crate) fn operations(&self) -> impl Iterator<Item = Vec<Operation>> {
         let probe = self.probe().map(|probe| vec![Operation::Probe(probe.clone())]);
-        probe.into_iter().chain(self.databases().map(|(database, name)| {
-            let mut part = vec![Operation::Database { database, name: name.clone() }];
-            part.extend(self.generations(database).cloned().map(Operation::Generation));
-            part.extend(self.key_uses(database).cloned().map(Operation::KeyUseAdd));
-            part
+        probe.into_iter().chain(self.databases().flat_map(|(database, name)| {
+            let mut generations = self.generations(database).cloned().map(Operation::Generation);
+            let mut first = vec![Operation::Database { database, name: name.clone() }];
+            first.extend(generations.next());
+            let key_uses = self.key_uses(database).cloned().map(Operation::KeyUseAdd);
+            std::iter::once(first).chain(generations.chain(key_uses).map(|operation| vec![operation]))
         }))
     }
 }

@@ -299,7 +299,7 @@ fn what_a_user_needs_only_grows_less_and_a_released_one_is_gone() {
 }
 
 #[test]
-fn a_catalogue_is_made_anew_from_its_operations_with_each_database_in_one_part() {
+fn a_catalogue_is_made_anew_from_its_operations_with_each_database_and_its_first_key_in_one_part() {
     let mut catalogue = two();
     catalogue.apply(vec![raise(1, 7, 3), raise(1, 8, 3), state(1, 1, KeyState::Destroyed)]).unwrap();
     catalogue.keep();
@@ -312,6 +312,8 @@ fn a_catalogue_is_made_anew_from_its_operations_with_each_database_in_one_part()
     }
     assert!(anew == catalogue);
     assert_eq!(catalogue.len(), 2 + 4 + 3);
+    let parts: Vec<_> = catalogue.operations().collect();
+    assert!(parts.iter().all(|part| part.len() == 1 + usize::from(matches!(part[0], Operation::Database { .. }))));
 }
 
 /// Numbers that are the same in every run.

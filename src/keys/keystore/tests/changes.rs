@@ -477,6 +477,33 @@ fn numbered(number: u64) -> Vec<Operation> {
     vec![Operation::Database { database, name }, Operation::Generation(record)]
 }
 
+/// The user of this number, with a name as long as can be.
+fn numbered_user(number: u64) -> Operation {
+    let mut lookup = [0; 32];
+    lookup[..8].copy_from_slice(&(number + 1).to_le_bytes());
+    let owner = OwnerId(lookup[..16].try_into().unwrap());
+    let name = Some(SealedName { lookup, sealed: vec![1; 512] });
+    Operation::KeyUseAdd(KeyUse { owner, name, ..key_use(1, 0, 1) })
+}
+
+#[test]
+fn a_database_with_more_users_than_fit_in_one_group_is_rewritten_and_exported() {
+    let store = Arc::new(MemoryStore::default());
+    let mut keystore = create(store.clone(), new_database(1)).unwrap();
+    let users: Vec<_> = (0..30_000).map(numbered_user).collect();
+    let mut body = Vec::new();
+    users.iter().for_each(|user| user.encode(&mut body).unwrap());
+    assert!(body.len() > chain::MAX_BODY_LEN as usize, "{} bytes fit", body.len());
+    for part in users.chunks(15_000) {
+        keystore.append(&MAC, part.to_vec()).unwrap();
+    }
+    let export = keystore.export(&MAC).unwrap();
+    let exported = UnverifiedKeystore::exported(store.clone(), export).unwrap().verify(&MAC).unwrap();
+    assert!(exported.catalogue() == keystore.catalogue());
+    keystore.rewrite(&MAC, Vec::new(), None).unwrap();
+    assert!(open_store(store).unwrap().catalogue() == exported.catalogue());
+}
+
 /// How long this thread has run, whoever else wanted the processor.
 fn cpu_time() -> Duration {
     let schedule = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap();
