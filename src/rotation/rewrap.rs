@@ -22,12 +22,13 @@ const ROUNDS: usize = 1_000;
 impl Cluster {
     /// Moves the cluster to the master keys `to`: other keys, other providers, or new versions of the same keys. The master
     /// keys in use must be valid now. Each key is unwrapped under `to` and compared before its old wrapping goes; at the end
-    /// the old wrappings have left the keystore (not its backups and exports, nor what a file system or a disk keeps of
-    /// overwritten blocks), and this process uses `to`. Under [`Hierarchy::ClusterKey`] that is two keys, whatever the number
+    /// the old wrappings have left the keystore (not its backups and exports, nor what an import replaced, nor what a file system
+    /// or a disk keeps of overwritten blocks), and this process uses `to`. Under [`Hierarchy::ClusterKey`] that is two keys, whatever the number
     /// of databases. After an interruption the same call goes on where it was.
     ///
     /// A master key of `to` that is new and cannot be reached is left out, and wraps later ([`Cluster::maintain`]); one that is
-    /// in use already and cannot be reached, or is revoked, stops the rewrap. Other processes need [`Cluster::use_wrappers`], before this is called with both, or after it.
+    /// in use already and cannot be reached, or is revoked, stops the rewrap. Other processes need [`Cluster::use_wrappers`],
+    /// before this is called with both, or after it: until then they open what is there, and make no new key.
     ///
     /// Data keys stay the same: whoever could unwrap them before may have kept them. To lock somebody out, rotate too.
     ///
