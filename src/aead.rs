@@ -273,7 +273,11 @@ pub(crate) fn hmac_sha256(key: &SecretKey, parts: &[&[u8]]) -> Result<[u8; 32], 
     Ok(out)
 }
 
-/// The key of many HMACs, set up once. What it takes to wipe the stack is paid once for all MACs made in one [`HmacKey::with`].
+/// How far down the stack an HMAC leaves its states, with room to spare: two hash contexts, and ring's frames.
+const HMAC_SPILL: usize = 3 * 1024;
+
+/// The key of many HMACs, set up once. What it takes to wipe the registers, and the stack far down, is paid once for all MACs
+/// made in one [`HmacKey::with`].
 pub(crate) struct HmacKey(Locked<hmac::Key>);
 
 impl HmacKey {
@@ -296,13 +300,16 @@ impl HmacKey {
 pub(crate) struct Hmac<'a>(&'a hmac::Key);
 
 impl Hmac<'_> {
-    /// Over the parts, one after the other. Leaves key material on the stack, for [`HmacKey::with`] to wipe.
+    /// Over the parts, one after the other. Wipes its own frames at once: whoever goes on moves values whose unused bytes are
+    /// what lay on the stack, also to the heap.
     pub(crate) fn sign(&self, parts: &[&[u8]]) -> [u8; 32] {
-        let mut context = hmac::Context::with_key(self.0);
-        parts.iter().for_each(|part| context.update(part));
-        let mut out = [0; 32];
-        out.copy_from_slice(context.sign().as_ref());
-        out
+        scoped_call::<HMAC_SPILL, _>(|| {
+            let mut context = hmac::Context::with_key(self.0);
+            parts.iter().for_each(|part| context.update(part));
+            let mut out = [0; 32];
+            out.copy_from_slice(context.sign().as_ref());
+            out
+        })
     }
 }
 
