@@ -9,7 +9,7 @@ mod tests;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
-use std::hash::Hash;
+use std::hash::{BuildHasher, BuildHasherDefault, Hash, Hasher};
 
 use crate::error::ErrorKind;
 use crate::format::keystore::{KeyUse, Operation, OwnerId, OwnerKind, SealedName};
@@ -33,7 +33,7 @@ impl<K: Ord, V> Map<K, V> for BTreeMap<K, V> {
     }
 }
 
-impl<K: Eq + Hash, V> Map<K, V> for HashMap<K, V> {
+impl<K: Eq + Hash, V, S: BuildHasher + Default> Map<K, V> for HashMap<K, V, S> {
     fn insert(&mut self, key: K, value: V) -> Option<V> {
         self.insert(key, value)
     }
@@ -56,12 +56,14 @@ impl<K, V, M: Default> Default for Table<K, V, M> {
 }
 
 impl<K: Copy, V, M: Map<K, V>> Table<K, V, M> {
-    fn set(&mut self, key: K, value: Option<V>) {
+    /// Returns what it replaced.
+    fn set(&mut self, key: K, value: Option<V>) -> Option<&V> {
         let old = match value {
             Some(value) => self.map.insert(key, value),
             None => self.map.remove(&key),
         };
         self.replaced.push((key, old));
+        self.replaced.last().and_then(|(_, old)| old.as_ref())
     }
 
     fn keep(&mut self) {
@@ -80,8 +82,25 @@ impl<K: Copy, V, M: Map<K, V>> Table<K, V, M> {
     }
 }
 
-/// A table that is only looked up in, never gone through: an entry is found at once, however many there are.
-type Index<K, V> = Table<K, V, HashMap<K, V>>;
+/// A table that is only looked up in, never gone through: an entry is found at once, however many there are. Its keys end in
+/// a look-up value, which is an HMAC: as good as any hash of it, and nobody without the cluster's keys can choose it.
+type Index<K, V> = Table<K, V, HashMap<K, V, BuildHasherDefault<LookUpHasher>>>;
+
+/// Takes the last eight bytes that it is given for their hash.
+#[derive(Default)]
+struct LookUpHasher(u64);
+
+impl Hasher for LookUpHasher {
+    fn write(&mut self, bytes: &[u8]) {
+        if let Some(last) = bytes.last_chunk() {
+            self.0 = u64::from_le_bytes(*last);
+        }
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
+}
 
 /// Databases, their keys, and who uses them.
 #[derive(Default)]
@@ -209,6 +228,10 @@ impl fmt::Display for Conflict {
     }
 }
 
+fn is_taken(other: DatabaseId) -> Result<(), Conflict> {
+    conflict(ErrorKind::AlreadyExists, format!("there is a database of this name already, {other}"))
+}
+
 fn conflict<T>(kind: ErrorKind, what: String) -> Result<T, Conflict> {
     Err(Conflict { kind, what })
 }
@@ -308,12 +331,13 @@ impl Catalogue {
     }
 
     fn add_database(&mut self, database: DatabaseId, name: SealedName) -> Result<(), Conflict> {
-        if self.has_database(database) {
+        // What is found to be there is put back with the rest: see `apply`.
+        if let Some(&other) = self.names.set(name.lookup, Some(database)) {
+            return is_taken(other);
+        }
+        if self.databases.set(database, Some(name)).is_some() {
             return conflict(ErrorKind::AlreadyExists, format!("there is a database {database} already"));
         }
-        self.require_free(&name.lookup, None)?;
-        self.names.set(name.lookup, Some(database));
-        self.databases.set(database, Some(name));
         Ok(())
     }
 
@@ -359,11 +383,10 @@ impl Catalogue {
             let what = format!("generation {generation} of database {database} does not follow generation {last}");
             return conflict(ErrorKind::Invalid, what);
         }
-        if let Some((other, _)) = self.locks.map.get(&record.lock) {
+        if let Some((other, _)) = self.locks.set(record.lock, Some((database, generation))) {
             let what = format!("generation {generation} of database {database} has a lock that database {other} has");
             return conflict(ErrorKind::Invalid, what);
         }
-        self.locks.set(record.lock, Some((database, generation)));
         self.generations.set((database, generation), Some(record));
         Ok(())
     }
@@ -416,7 +439,7 @@ impl Catalogue {
         match record.purpose {
             Purpose::Probe => self.probe.set((), Some(record)),
             _ => self.generations.set((record.database, record.generation), Some(record)),
-        }
+        };
         Ok(())
     }
 
@@ -463,9 +486,7 @@ impl Catalogue {
 
     fn require_free(&self, lookup: &[u8; 32], own: Option<DatabaseId>) -> Result<(), Conflict> {
         match self.find_database(lookup) {
-            Some(other) if Some(other) != own => {
-                conflict(ErrorKind::AlreadyExists, format!("there is a database of this name already, {other}"))
-            }
+            Some(other) if Some(other) != own => is_taken(other),
             _ => Ok(()),
         }
     }

@@ -47,6 +47,8 @@ pub(crate) struct UnverifiedKeystore {
 enum Found {
     Missing,
     Read(Version, Vec<u8>),
+    /// The second copy has the bytes of the first.
+    Same(Version),
     /// Something is there, and this is why it cannot be read.
     Unreadable(Option<Version>, io::Error),
 }
@@ -55,7 +57,7 @@ impl Found {
     fn version(&self) -> Option<Version> {
         match self {
             Self::Missing => None,
-            Self::Read(version, _) => Some(*version),
+            Self::Read(version, _) | Self::Same(version) => Some(*version),
             Self::Unreadable(version, _) => *version,
         }
     }
@@ -63,14 +65,14 @@ impl Found {
     fn bytes(&self) -> Option<&[u8]> {
         match self {
             Self::Read(_, bytes) => Some(bytes),
-            Self::Missing | Self::Unreadable(..) => None,
+            Self::Missing | Self::Same(_) | Self::Unreadable(..) => None,
         }
     }
 
     fn into_bytes(self) -> Option<Vec<u8>> {
         match self {
             Self::Read(_, bytes) => Some(bytes),
-            Self::Missing | Self::Unreadable(..) => None,
+            Self::Missing | Self::Same(_) | Self::Unreadable(..) => None,
         }
     }
 }
@@ -146,7 +148,13 @@ impl UnverifiedKeystore {
 
 /// Reads both copies. That one cannot be read is what became of it, as long as the other one can.
 fn read_copies(store: &dyn KeystoreStore) -> Result<[Found; 2]> {
-    let copies = [read_copy(store, 0)?, read_copy(store, 1)?];
+    let first = read_copy(store, 0)?;
+    let second = match first.bytes().and_then(|bytes| store.holds(1, bytes)) {
+        // Nearly always: then there is one keystore in memory, and not two.
+        Some(version) => Found::Same(version),
+        None => read_copy(store, 1)?,
+    };
+    let copies = [first, second];
     if copies.iter().any(|copy| copy.bytes().is_some()) {
         return Ok(copies);
     }
@@ -183,7 +191,9 @@ fn are_missing(copies: &[Found; 2]) -> bool {
 }
 
 fn bytes_of(copies: &[Found; 2]) -> [Option<&[u8]>; 2] {
-    copies.each_ref().map(Found::bytes)
+    let [first, second] = copies;
+    let second = if matches!(second, Found::Same(_)) { first } else { second };
+    [first.bytes(), second.bytes()]
 }
 
 fn verify_copies(store: &dyn KeystoreStore, mac: &HmacKey, copies: &[Found; 2]) -> Result<Verified> {
@@ -605,7 +615,7 @@ impl Keystore {
         self.versions = self.versions()?;
         for which in 0..2 {
             let kept = match read_copy(&*self.store, which)? {
-                Found::Missing => Ok(()),
+                Found::Missing | Found::Same(_) => Ok(()),
                 Found::Read(_, bytes) => self.store.keep_aside(&bytes, Aside::Replaced, self.tip.seq),
                 Found::Unreadable(..) => self.move_aside(which, Aside::Replaced),
             };

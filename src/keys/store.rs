@@ -86,6 +86,9 @@ pub(crate) trait KeystoreStore: Send + Sync {
     /// one may be readable.
     fn read(&self, copy: usize) -> io::Result<Option<(Version, Vec<u8>)>>;
 
+    /// The copy's version, if it has just these bytes. `None` if not, or if that cannot be told: then it is read.
+    fn holds(&self, copy: usize, bytes: &[u8]) -> Option<Version>;
+
     /// What the first copy has from byte `at` on.
     fn read_from(&self, at: u64) -> io::Result<Vec<u8>>;
 
@@ -210,6 +213,12 @@ impl KeystoreStore for FileStore {
         let bytes = self.disk.read(path, MAX_FILE_LEN as u64)?;
         // A file that grows meanwhile is read up to where it was.
         Ok(Some((Version { len: bytes.len() as u64, ..version }, bytes)))
+    }
+
+    fn holds(&self, copy: usize, bytes: &[u8]) -> Option<Version> {
+        let path = &self.paths[copy];
+        let version = self.disk.stat(path).ok()??;
+        self.disk.holds(path, bytes).is_ok_and(|same| same).then_some(Version { len: bytes.len() as u64, ..version })
     }
 
     fn read_from(&self, at: u64) -> io::Result<Vec<u8>> {
@@ -337,6 +346,11 @@ impl KeystoreStore for MemoryStore {
 
     fn read(&self, copy: usize) -> io::Result<Option<(Version, Vec<u8>)>> {
         Ok(self.copies()[copy].clone())
+    }
+
+    fn holds(&self, copy: usize, bytes: &[u8]) -> Option<Version> {
+        let copies = self.copies();
+        copies[copy].as_ref().filter(|(_, there)| there == bytes).map(|(version, _)| *version)
     }
 
     fn read_from(&self, at: u64) -> io::Result<Vec<u8>> {

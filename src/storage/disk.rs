@@ -58,6 +58,9 @@ pub(crate) trait Disk: Send + Sync {
         self.read_from(path, 0, max)
     }
 
+    /// Whether the file has these bytes, and nothing else, read a piece at a time.
+    fn holds(&self, path: &Path, bytes: &[u8]) -> io::Result<bool>;
+
     /// The file from `at` to its end, if that is no more than `max`; nothing if it ends before `at`.
     fn read_from(&self, path: &Path, at: u64, max: u64) -> io::Result<Vec<u8>>;
 
@@ -103,6 +106,19 @@ pub(crate) fn beside(path: &Path) -> PathBuf {
     name.into()
 }
 
+/// How much of a file is compared at a time: little enough to stay in the processor's cache.
+const PIECE: usize = 64 * 1024;
+
+/// Opens a plain file, without waiting for a writer if somebody put a pipe there, and says how long it is.
+fn open_plain(path: &Path) -> io::Result<(File, u64)> {
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    let metadata = file.metadata()?;
+    if metadata.is_file() {
+        return Ok((file, metadata.len()));
+    }
+    Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a plain file"))
+}
+
 /// The operating system's files.
 pub(crate) struct RealDisk;
 
@@ -120,14 +136,27 @@ impl Disk for RealDisk {
         }
     }
 
-    fn read_from(&self, path: &Path, at: u64, max: u64) -> io::Result<Vec<u8>> {
-        // Without waiting for a writer, if somebody put a pipe there.
-        let mut file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
-        let metadata = file.metadata()?;
-        if !metadata.is_file() {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a plain file"));
+    fn holds(&self, path: &Path, bytes: &[u8]) -> io::Result<bool> {
+        let (mut file, len) = open_plain(path)?;
+        if len != bytes.len() as u64 {
+            return Ok(false);
         }
-        let rest = metadata.len().saturating_sub(at);
+        let mut piece = vec![0; PIECE];
+        for bytes in bytes.chunks(PIECE) {
+            let piece = &mut piece[..bytes.len()];
+            match file.read_exact(piece) {
+                Ok(()) if *piece == *bytes => {}
+                Ok(()) => return Ok(false),
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(false),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(true)
+    }
+
+    fn read_from(&self, path: &Path, at: u64, max: u64) -> io::Result<Vec<u8>> {
+        let (mut file, len) = open_plain(path)?;
+        let rest = len.saturating_sub(at);
         if rest > max {
             return Err(io::ErrorKind::FileTooLarge.into());
         }

@@ -249,6 +249,11 @@ impl KeystoreStore for Watched {
         self.inner.read().unwrap().read(copy)
     }
 
+    fn holds(&self, copy: usize, bytes: &[u8]) -> Option<Version> {
+        self.fail_read(copy).ok()?;
+        self.inner.read().unwrap().holds(copy, bytes)
+    }
+
     fn read_from(&self, at: u64) -> io::Result<Vec<u8>> {
         self.fail_read(0)?;
         self.inner.read().unwrap().read_from(at)

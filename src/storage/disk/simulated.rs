@@ -356,6 +356,15 @@ impl State {
         self.names.seen().get(path).copied().ok_or(io::ErrorKind::NotFound.into())
     }
 
+    fn read(&mut self, path: &Path) -> io::Result<&[u8]> {
+        self.look()?;
+        let file = self.find(path)?;
+        if self.unreadable.contains(&file) {
+            return Err(Failure(Done::Nothing, Errno::Io).into());
+        }
+        Ok(self.inodes[file].seen())
+    }
+
     fn stat(&self, file: usize) -> Stat {
         Stat { file: file as u64 + 1, len: self.inodes[file].seen().len() as u64 }
     }
@@ -394,14 +403,13 @@ impl Disk for SimulatedDisk {
         })
     }
 
+    fn holds(&self, path: &Path, bytes: &[u8]) -> io::Result<bool> {
+        self.with(|state| Ok(state.read(path)? == bytes))
+    }
+
     fn read_from(&self, path: &Path, at: u64, max: u64) -> io::Result<Vec<u8>> {
         self.with(|state| {
-            state.look()?;
-            let file = state.find(path)?;
-            if state.unreadable.contains(&file) {
-                return Err(Failure(Done::Nothing, Errno::Io).into());
-            }
-            let seen = state.inodes[file].seen();
+            let seen = state.read(path)?;
             let rest = usize::try_from(at).ok().and_then(|at| seen.get(at..)).unwrap_or_default();
             if rest.len() as u64 > max { Err(io::ErrorKind::FileTooLarge.into()) } else { Ok(rest.to_vec()) }
         })

@@ -536,6 +536,15 @@ fn a_handle_beside_a_rewrap_works_on_and_uses_the_new_master_key_when_it_is_told
     }
 }
 
+/// Ends the threads of a test.
+struct StopOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 #[test]
 fn a_hierarchy_is_converted_both_ways_while_databases_are_sealed_under_created_rotated_and_dropped() {
     for (from, to) in [(HIERARCHIES[0], HIERARCHIES[1]), (HIERARCHIES[1], HIERARCHIES[0])] {
@@ -550,6 +559,8 @@ fn a_hierarchy_is_converted_both_ways_while_databases_are_sealed_under_created_r
                 while !stop.load(Ordering::Relaxed) {
                     pages.push(seal(&cipher, 7));
                     rotating.rotate().unwrap();
+                    // Faster than anybody rotates; but a conversion never ends if there is always one more key.
+                    std::thread::sleep(Duration::from_millis(5));
                 }
                 pages
             });
@@ -562,9 +573,12 @@ fn a_hierarchy_is_converted_both_ways_while_databases_are_sealed_under_created_r
                     made.fetch_add(1, Ordering::Relaxed);
                     other.create_database("short-lived").unwrap();
                     other.drop_database("short-lived").unwrap();
+                    std::thread::sleep(Duration::from_millis(5));
                 }
                 pages
             });
+            // Also if something below fails: else nobody would learn of it.
+            let _stop = StopOnDrop(&stop);
             for round in 0..3 {
                 let before = made.load(Ordering::Relaxed);
                 cluster.set_hierarchy(to, QUIET).unwrap();

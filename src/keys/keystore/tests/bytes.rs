@@ -200,7 +200,8 @@ fn a_torn_tail_leaves_the_files_with_the_next_append_and_not_before() {
     // Both copies with a bad end: that is no crash, and nothing is thrown away.
     let store = Watched::with(both(&torn));
     open_store(store.clone()).unwrap().append(&MAC, new_database(2)).unwrap();
-    assert_eq!(*store.kept.lock().unwrap(), [torn.clone(), torn]);
+    // Once, because they are the same.
+    assert!(*store.kept.lock().unwrap() == [torn]);
 }
 
 #[test]
