@@ -352,8 +352,20 @@ impl NewRecord {
         keystore.hierarchy().wraps(&self.record)
             && root.still_wraps(&self.record)
             && (!by_master_keys
-                || *keystore.cluster_record() == self.cluster && shares_a_key(&self.record, &self.cluster))
+                || have_the_same_keys(keystore.cluster_record(), &self.cluster)
+                    && shares_a_key(&self.record, &self.cluster))
     }
+}
+
+/// Whether two states of the cluster record are wrapped by the same versions of the same master keys. Where a service names no
+/// versions, only the same wrapping tells.
+fn have_the_same_keys(a: &Record, b: &Record) -> bool {
+    let same = |a: &WrappedKey, b: &WrappedKey| {
+        a.master_key == b.master_key
+            && a.key_version == b.key_version
+            && (!a.key_version.is_empty() || a.blob == b.blob)
+    };
+    a.wrappings.len() == b.wrappings.len() && a.wrappings.iter().all(|a| b.wrappings.iter().any(|b| same(a, b)))
 }
 
 /// Whether one of the master keys that wrapped `cluster` wrapped `record`, too: a key that none of them opens is lost when

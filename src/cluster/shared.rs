@@ -39,7 +39,7 @@ use crate::storage::place::History;
 /// stopped in the middle of it must not stop this one for ever.
 pub(super) const PATIENCE: Duration = Duration::from_secs(30);
 /// How often a change is tried when other processes replace the cluster key under it.
-const TRIES: usize = 8;
+const TRIES: usize = 32;
 
 pub(crate) struct ClusterInner {
     pub(crate) id: ClusterId,

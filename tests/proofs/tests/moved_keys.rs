@@ -12,8 +12,8 @@ use std::sync::{Arc, Mutex};
 use common::generation;
 use house::{Filled, Hooked, House, Recorder, all_of, kind, opens, quick, seal};
 use pageseal::{
-    Cluster, ErrorKind, Hierarchy, KeyPayload, KeyWrapper, KmsClass, KmsError, MasterKeyId, Progress, ScriptedWrapper,
-    WrapContext, WrappedKey, Wrappers,
+    Cluster, DatabaseId, ErrorKind, Hierarchy, KeyPayload, KeyWrapper, KmsClass, KmsError, MasterKeyId, Progress,
+    ScriptedWrapper, WrapContext, WrappedKey, Wrappers,
 };
 
 const QUIET: &dyn Fn(Progress) = &|_| ();
@@ -297,4 +297,42 @@ fn a_disabled_cluster_comes_back_only_if_every_master_key_agrees_whatever_the_fi
     b.key.restore();
     cluster.retry().unwrap();
     seal(&database.cipher().unwrap(), 1);
+}
+
+/// Cannot unwrap the key of one database.
+#[derive(Clone)]
+struct Picky(Recorder, Arc<Mutex<Option<DatabaseId>>>);
+
+impl KeyWrapper for Picky {
+    fn id(&self) -> MasterKeyId {
+        self.0.id()
+    }
+
+    fn wrap_key(&self, key: &KeyPayload, cx: &WrapContext<'_>) -> Result<WrappedKey, KmsError> {
+        self.0.wrap_key(key, cx)
+    }
+
+    fn unwrap_key(&self, key: &WrappedKey, cx: &WrapContext<'_>) -> Result<KeyPayload, KmsError> {
+        match *self.1.lock().unwrap() {
+            Some(database) if cx.database == Some(database) => Err(KmsError::new(KmsClass::BadCiphertext)),
+            _ => self.0.unwrap_key(key, cx),
+        }
+    }
+}
+
+#[test]
+fn a_key_that_cannot_be_repaired_keeps_no_other_from_it() {
+    let (a, b) = (Picky(Recorder::new("a"), Arc::default()), Recorder::new("b"));
+    b.key.unreachable();
+    let both: [Arc<dyn KeyWrapper>; 2] = [Arc::new(a.clone()), Arc::new(b.clone())];
+    let (_house, cluster) = start(Hierarchy::Direct, Wrappers::any_of(both).unwrap());
+    let databases = ["d0", "d1", "d2"].map(|name| cluster.create_database(name).unwrap());
+    b.key.restore();
+    *a.1.lock().unwrap() = Some(databases[1].id());
+    assert_eq!(kind(cluster.maintain()), ErrorKind::BadCiphertext);
+    let wrapped = |by: &Recorder| databases.each_ref().map(|it| by.blobs_of(it.id(), generation(1)).len());
+    assert_eq!(wrapped(&b), [1, 0, 1]);
+    *a.1.lock().unwrap() = None;
+    assert_eq!(cluster.maintain().unwrap().wrappings_missing, 0);
+    assert_eq!(wrapped(&b), [1, 1, 1]);
 }
