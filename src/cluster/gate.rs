@@ -6,6 +6,7 @@
 use std::fs::{self, OpenOptions};
 use std::io::{Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard, PoisonError};
 
 use crate::cluster::Cluster;
@@ -117,7 +118,10 @@ impl ClusterInner {
         }
         self.set_root(Some(root));
         // All come back, or none does.
-        reopen(reopened).inspect_err(|_| self.close_gate())
+        reopen(reopened).inspect_err(|_| self.close_gate())?;
+        // Who followed other processes between the two found them closed, and passed them over.
+        self.unfollowed.store(true, Ordering::Release);
+        Ok(())
     }
 
     /// The cluster's own keys, as they lie in the keystore now, by these master keys, and the record that they came out of.

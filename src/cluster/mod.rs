@@ -38,6 +38,8 @@ pub use shred::Shredded;
 pub use watch::Maintained;
 use watch::Watch;
 
+/// How often a new database's key is wrapped anew because the cluster was moved to other keys meanwhile.
+const TRIES: usize = 32;
 /// Never renamed or removed, so that all processes lock the same file.
 const LOCK_FILE: &str = "lock";
 
@@ -191,7 +193,7 @@ impl Cluster {
         })?;
         let _in_flight = inner.enter()?;
         let id = DatabaseId::from_bytes(inner.env().random()?);
-        let (key, hold) = loop {
+        for _ in 0..TRIES {
             let key = inner.draw_data_key(Generation::FIRST, inner.options.suite)?;
             // No lock is held while the key service is called.
             let new = inner.wrap_data_key(&key, id)?;
@@ -209,12 +211,13 @@ impl Cluster {
                 Ok((vec![Operation::Database { database: id, name }, Operation::Generation(record)], Some(hold)))
             })?;
             if let Some(hold) = persisted {
-                break (key, hold);
+                let cipher = inner.ciphers.get_or_open(id, || inner.adopt(id, vec![key], Some(hold)))?;
+                return inner.handle(id, name, cipher);
             }
             // The cluster was moved to other keys meanwhile: wrapped for nothing.
-        };
-        let cipher = inner.ciphers.get_or_open(id, || inner.adopt(id, vec![key], Some(hold)))?;
-        inner.handle(id, name, cipher)
+        }
+        let message = format!("cluster {} is being moved to other keys again and again; try again", inner.id);
+        Err(Error::new(ErrorKind::InUse, message))
     }
 
     /// Opens the database of this name: its data keys are unwrapped, all generations, unless it is open already. Callers who

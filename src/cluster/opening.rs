@@ -13,7 +13,7 @@ use crate::format::keystore::{Hierarchy, SealedName};
 use crate::format::page::Suite;
 use crate::format::record::{KeyState, Record};
 use crate::format::wrapped::Purpose;
-use crate::ids::{DatabaseId, Generation, MasterKeyId, SealId};
+use crate::ids::{DatabaseId, Generation, SealId};
 use crate::keys::in_memory::Live;
 use crate::keys::keyring::{Closed, DataKey, Hold, Keyring};
 use crate::keys::keystore::Keystore;
@@ -51,7 +51,8 @@ impl ClusterInner {
                 let wrappers = self.wrapping_keys();
                 wrappers.require_any_of(&cluster)?;
                 let request = self.request(Some(database), key.generation, Purpose::Data);
-                wrappers.wrap(&wrapped, &request)?.keys
+                let what = format!("wrapping data key {} of database {database}", key.generation);
+                wrappers.wrap(&wrapped, &request)?.sharing_a_key_with(&cluster, what)?
             }
             Hierarchy::ClusterKey => vec![self.root()?.wrap(self.env(), &wrapped, database, key.generation)?],
         };
@@ -351,9 +352,7 @@ impl NewRecord {
         let by_master_keys = keystore.hierarchy() == Hierarchy::Direct;
         keystore.hierarchy().wraps(&self.record)
             && root.still_wraps(&self.record)
-            && (!by_master_keys
-                || have_the_same_keys(keystore.cluster_record(), &self.cluster)
-                    && shares_a_key(&self.record, &self.cluster))
+            && (!by_master_keys || have_the_same_keys(keystore.cluster_record(), &self.cluster))
     }
 }
 
@@ -366,13 +365,6 @@ fn have_the_same_keys(a: &Record, b: &Record) -> bool {
             && (!a.key_version.is_empty() || a.blob == b.blob)
     };
     a.wrappings.len() == b.wrappings.len() && a.wrappings.iter().all(|a| b.wrappings.iter().any(|b| same(a, b)))
-}
-
-/// Whether one of the master keys that wrapped `cluster` wrapped `record`, too: a key that none of them opens is lost when
-/// the others are retired.
-fn shares_a_key(record: &Record, cluster: &Record) -> bool {
-    let has = |master_key: &MasterKeyId| record.wrappings.iter().any(|key| key.master_key == *master_key);
-    cluster.wrappings.iter().any(|key| has(&key.master_key))
 }
 
 /// What a database is opened with.

@@ -1,7 +1,8 @@
 //! Keeping the wrapped keys in a safe place: one file that holds the whole keystore, and the way back.
 
-use std::fs;
-use std::io;
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -92,16 +93,25 @@ impl Cluster {
     }
 }
 
-/// Makes a file, whole and durable or not at all, where there is none. It is written under a name that nobody else has.
+/// Makes a file, durably, where there is none: whole or not at all, wherever files can have two names. It is written under a name that nobody else has.
 fn write_beside(path: &Path, bytes: &[u8], salt: [u8; 8]) -> io::Result<()> {
     let mut name = path.as_os_str().to_owned();
     name.push(format!(".{:016x}.tmp", u64::from_le_bytes(salt)));
     let beside = PathBuf::from(name);
     // A link, unlike a rename, takes no other file's place.
-    let written = RealDisk.write_new(&beside, bytes).and_then(|()| fs::hard_link(&beside, path));
+    let written = RealDisk.write_new(&beside, bytes).and_then(|()| match fs::hard_link(&beside, path) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => write_at_once(path, bytes),
+        linked => linked,
+    });
     let removed = RealDisk.remove(&beside);
     written.and(removed)?;
     RealDisk.sync_dir(directory_of(path))
+}
+
+/// Where there are no links. A crash leaves a part, which no import takes for a whole.
+fn write_at_once(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+    file.write_all(bytes).and_then(|()| file.sync_all()).inspect_err(|_| _ = fs::remove_file(path))
 }
 
 impl ClusterInner {

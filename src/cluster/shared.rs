@@ -151,8 +151,8 @@ impl ClusterInner {
     }
 
     pub(crate) fn set_wrappers(&self, wrappers: Wrappers) {
-        self.left().clear();
         self.wrappers.store(Arc::new(wrappers));
+        self.left().clear();
     }
 
     fn left(&self) -> MutexGuard<'_, Vec<MasterKeyId>> {
@@ -347,7 +347,7 @@ impl ClusterInner {
         Ok(())
     }
 
-    /// Writes the keystore anew under another hierarchy, cluster record, or both, and uses `root` from then on.
+    /// Uses these keys of its own from now on, unless the cluster was disabled meanwhile.
     pub(crate) fn note_root(&self, root: RootKeys) {
         if let Some(current) = self.root.load_full() {
             self.root.compare_and_swap(&Some(Arc::clone(&current)), Some(Live::new(root, current.mark())));
@@ -404,10 +404,10 @@ pub(super) fn unwrap_any_root(
     request: impl Fn(&Header) -> WrapRequest,
 ) -> Result<(RootKeys, Record)> {
     let mut refused = None;
-    for (at, header) in headers.iter().enumerate() {
+    for header in headers {
         match unwrap_root(wrappers, &request(header), &header.record) {
             Ok(root) => {
-                let others = headers[at + 1..].iter().filter(|other| other.cluster != header.cluster);
+                let others = headers.iter().filter(|other| other.cluster != header.cluster);
                 refuse_if_genuine(wrappers, header.cluster, others, request)?;
                 return Ok((root, header.record.clone()));
             }
@@ -418,21 +418,32 @@ pub(super) fn unwrap_any_root(
     Err(refused.unwrap_or_else(|| Error::damaged("the keystore has no header")))
 }
 
-/// Two clusters' keystores in one directory: whichever was taken, the other's would be repaired away.
+/// Two clusters' keystores in one directory: whichever was taken, the other's would be repaired away. Only what does not open
+/// under its master key is no other cluster's, but damage.
 fn refuse_if_genuine<'a>(
     wrappers: &Wrappers,
     cluster: ClusterId,
     others: impl Iterator<Item = &'a Header>,
     request: impl Fn(&Header) -> WrapRequest,
 ) -> Result<()> {
+    use ErrorKind::{Authentication, BadCiphertext, Damaged, Misconfigured, WrongIdentity};
     for other in others {
-        if unwrap_root(wrappers, &request(other), &other.record).is_ok() {
+        let refused = unwrap_root(wrappers, &request(other), &other.record).err();
+        let (not_genuine, nobody_knows) = match refused.as_ref().map(Error::kind) {
+            None | Some(Misconfigured) => (false, false),
+            Some(BadCiphertext | Authentication | WrongIdentity | Damaged) => (true, false),
+            Some(_) => (false, true),
+        };
+        if let (true, Some(error)) = (nobody_knows, refused) {
+            return Err(error);
+        }
+        if !not_genuine {
             let message = format!(
                 "one copy of the keystore is of cluster {cluster}, the other of cluster {}; move the one away that does not \
                  belong here, or say which is meant (ClusterOptions::expected_id)",
                 other.cluster
             );
-            return Err(Error::new(ErrorKind::WrongIdentity, message));
+            return Err(Error::new(WrongIdentity, message));
         }
     }
     Ok(())

@@ -275,7 +275,8 @@ impl Keystore {
 
     /// The last change that no single damage or power cut takes away, as of which there are two durable copies.
     pub(crate) fn durable_position(&self) -> (u64, Tag) {
-        let seq = self.tip.in_both;
+        // While a copy is not whole, only what was written together with the header is sure to be in both.
+        let seq = if self.is_settled() { self.tip.in_both } else { self.header.sequence };
         self.tag_of(seq).map_or_else(|| self.position(), |tag| (seq, *tag))
     }
 

@@ -248,6 +248,18 @@ pub(crate) struct Wrapped {
 }
 
 impl Wrapped {
+    /// The wrappings, if one of them is by a master key that has wrapped `cluster`, too: a key that none of those opens is
+    /// lost when the others are retired.
+    ///
+    /// # Errors
+    /// Why the first of them did not wrap it.
+    pub(crate) fn sharing_a_key_with(self, cluster: &Record, what: impl fmt::Display) -> Result<Vec<WrappedKey>> {
+        if self.keys.iter().any(|key| cluster.wrappings.iter().any(|own| own.master_key == key.master_key)) {
+            return Ok(self.keys);
+        }
+        self.instead_of(&cluster.wrappings, what)
+    }
+
     /// The wrappings, if every master key that has wrapped `before` and is configured is among them: one that cannot be
     /// reached must not lose its say by the way, nor the key one of those that open it.
     ///

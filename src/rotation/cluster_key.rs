@@ -8,7 +8,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::keystore::{Hierarchy, Operation};
 use crate::format::record::{KeyState, Record};
 use crate::format::wrapped::Purpose;
-use crate::ids::Generation;
+use crate::ids::{Generation, MasterKeyId};
 use crate::keys::catalogue::Catalogue;
 use crate::keys::names::CLUSTER_SCOPE;
 use crate::keys::payload;
@@ -76,6 +76,15 @@ impl ClusterInner {
         let wrapped = self.wrapping_keys().wrap(&unwrapped, &self.request(None, generation, Purpose::Cluster))?;
         // An outage of one of them is no reason to leave it out: the old cluster key is good until it is back.
         let wrappings = wrapped.instead_of(&old.wrappings, format_args!("replacing the cluster key of {}", self.id))?;
+        let has = |id: &MasterKeyId| wrappings.iter().any(|key| key.master_key == *id);
+        if let Some(lost) = old.wrappings.iter().find(|key| !has(&key.master_key)) {
+            let message = format!(
+                "the cluster key of {} is wrapped by master key {}, too, which is not configured here: it would be left out. \
+                 Configure it, or rewrap without it",
+                self.id, lost.master_key
+            );
+            return Err(Error::new(ErrorKind::Misconfigured, message));
+        }
         let record = Record { generation, commitment, wrappings, created: self.now(), ..old.clone() };
         Ok((record, RootKeys::new(self.id, generation, key, &identity)?))
     }

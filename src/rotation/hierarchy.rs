@@ -52,6 +52,8 @@ impl ClusterInner {
         let _moving = self.moving.lock().unwrap_or_else(PoisonError::into_inner);
         let _in_flight = self.enter()?;
         let mut conversion = Conversion { to, done: KeyIds::new() };
+        // What other processes did to the master keys is known afterwards.
+        self.look(|_, _| Ok(()))?;
         // One run for all parts: a master key that hangs is waited for once.
         let (wrappers, unwrapping) = (self.wrapping_keys().for_one_run(), self.wrappers().for_one_run());
         for _ in 0..ROUNDS {
@@ -174,6 +176,9 @@ impl ClusterInner {
     fn finish_conversion(&self, conversion: &Conversion, wrappers: &Wrappers) -> Result<bool> {
         self.change(|keystore, root| {
             let cluster = keystore.cluster_record().clone();
+            if conversion.to == Hierarchy::Direct {
+                wrappers.require_any_of(&cluster)?;
+            }
             if alive(keystore).any(|record| !conversion.is_done(record, root, wrappers, &cluster)) {
                 return Ok(false);
             }

@@ -20,6 +20,8 @@ impl ClusterInner {
     pub(crate) fn repair_wrappings(&self) -> Result<(usize, usize)> {
         let _moving = self.moving.lock().unwrap_or_else(PoisonError::into_inner);
         let _in_flight = self.enter()?;
+        // What other processes did to the master keys is known afterwards.
+        self.look(|_, _| Ok(()))?;
         let wrappers = self.wrapping_keys();
         let lacking = self.look(|keystore, _| Ok(Lacking::find(keystore, &wrappers)))?;
         let total = lacking.len();

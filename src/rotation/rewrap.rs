@@ -28,7 +28,8 @@ impl Cluster {
     ///
     /// A master key of `to` that is new and cannot be reached is left out, and wraps later ([`Cluster::maintain`]); one that is
     /// in use already and cannot be reached, or is revoked, stops the rewrap. Other processes need [`Cluster::use_wrappers`],
-    /// before this is called with both, or after it: until then they open what is there, and make no new key.
+    /// before this is called with both, or after it: until then those that have none of the new ones open nothing more by the
+    /// master keys, and make no key that only the old ones wrap.
     ///
     /// Data keys stay the same: whoever could unwrap them before may have kept them. To lock somebody out, rotate too.
     ///

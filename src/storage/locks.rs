@@ -7,7 +7,7 @@
 //! open databases are one lock. Those of page files, which are named at random, are spread over [`SPREAD_OVER`] more files,
 //! opened when they are first needed: `lock.0`, `lock.1` and so on.
 //!
-//! The locks belong to the descriptor, of which a process has one a file. What the threads of a process would all
+//! The locks belong to the descriptor, of which a process has one for each file. What the threads of a process would all
 //! have at once is therefore told apart here, in the process.
 //!
 //! A killed process holds nothing: the kernel frees its locks. A forked child shares the descriptor and so the locks:
@@ -29,7 +29,7 @@ use crate::ids::{DatabaseId, FileId};
 use crate::secret::ForkDetector;
 use crate::storage::ofd;
 
-/// The locks of one cluster, through one descriptor. See the [module](self).
+/// The locks of one cluster, through one descriptor for each file. See the [module](self).
 pub(crate) struct LockFile {
     file: File,
     /// Those with the bytes of page files.

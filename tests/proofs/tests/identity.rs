@@ -467,6 +467,23 @@ fn two_clusters_keystores_in_one_directory_are_refused_and_neither_is_written_ov
         ours.put_keystore(&mixed);
         assert_eq!(kind(ours.open(&key)), ErrorKind::WrongIdentity);
         assert_eq!(ours.keystore(), mixed, "a keystore was written over");
+        // Nor while the one is out of reach whose master key would tell.
+        let (alone, strange) = (Recorder::new("alone"), House::new());
+        drop(strange.create(quick(), &alone));
+        let mut stranger = good.clone();
+        stranger[which] = strange.keystore()[0].clone();
+        ours.put_keystore(&stranger);
+        for (open_with, expected) in [
+            (Wrappers::one(key.clone()), ErrorKind::WrongIdentity),
+            (Wrappers::one(alone.clone()), ErrorKind::WrongIdentity),
+            (house::all_of(&[&key, &alone]), ErrorKind::WrongIdentity),
+        ] {
+            assert_eq!(kind(ours.open_with(open_with)), expected);
+        }
+        alone.key.unreachable();
+        assert_eq!(kind(ours.open_with(house::all_of(&[&key, &alone]))), ErrorKind::Unreachable);
+        assert_eq!(ours.keystore(), stranger, "a keystore was written over");
+        ours.put_keystore(&mixed);
         let wrappers = || Wrappers::one(key.clone());
         let cluster = Cluster::open(&ours.directory(), quick().expected_id(id), wrappers()).unwrap();
         opens(&cluster.database("d").unwrap().cipher().unwrap(), &page, 1).unwrap();

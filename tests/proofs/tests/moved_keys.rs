@@ -336,3 +336,31 @@ fn a_key_that_cannot_be_repaired_keeps_no_other_from_it() {
     assert_eq!(cluster.maintain().unwrap().wrappings_missing, 0);
     assert_eq!(wrapped(&b), [1, 1, 1]);
 }
+
+#[test]
+fn no_key_is_made_that_only_a_master_key_opens_which_the_cluster_does_not_use_yet() {
+    let [used, new] = ["used", "new"].map(Recorder::new);
+    let (_house, cluster) = start(Hierarchy::Direct, Wrappers::one(used.clone()));
+    let database = cluster.create_database("d").unwrap();
+    cluster.use_wrappers(all_of(&[&used, &new])).unwrap();
+    used.key.unreachable();
+    assert_eq!(kind(cluster.create_database("e")), ErrorKind::Unreachable);
+    assert_eq!(kind(database.rotate()), ErrorKind::Unreachable);
+    used.key.restore();
+    cluster.create_database("e").unwrap();
+}
+
+#[test]
+fn a_new_cluster_key_leaves_out_no_master_key_that_this_process_does_not_have() {
+    for hierarchy in HIERARCHIES {
+        let [a, b] = ["a", "b"].map(Recorder::new);
+        let (house, cluster) = start(hierarchy, all_of(&[&a, &b]));
+        let filled = Filled::new(&cluster, 2);
+        cluster.use_wrappers(Wrappers::one(a.clone())).unwrap();
+        assert_eq!(kind(cluster.replace_cluster_key()), ErrorKind::Misconfigured);
+        filled.check(&house.open(&b).unwrap()).unwrap();
+        cluster.rewrap(Wrappers::one(a.clone()), QUIET).unwrap();
+        cluster.replace_cluster_key().unwrap();
+        filled.check(&house.open(&a).unwrap()).unwrap();
+    }
+}
