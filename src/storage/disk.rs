@@ -297,6 +297,25 @@ mod tests {
     }
 
     #[test]
+    fn a_file_holds_these_bytes_only_if_every_one_of_them_is_there_and_nothing_else() {
+        let scratch = Scratch::new("holds");
+        let path = scratch.0.join("file");
+        let bytes: Vec<u8> = (0..2 * PIECE + 100).map(|at| (at % 251) as u8).collect();
+        fs::write(&path, &bytes).unwrap();
+        assert!(RealDisk.holds(&path, &bytes).unwrap());
+        for at in [0, PIECE - 1, PIECE, 2 * PIECE, bytes.len() - 1] {
+            let mut other = bytes.clone();
+            other[at] ^= 1;
+            assert!(!RealDisk.holds(&path, &other).unwrap(), "byte {at}");
+        }
+        for len in [0, PIECE, bytes.len() - 1] {
+            assert!(!RealDisk.holds(&path, &bytes[..len]).unwrap(), "length {len}");
+        }
+        assert!(!RealDisk.holds(&path, &[&bytes[..], &[0]].concat()).unwrap());
+        assert_eq!(RealDisk.holds(&scratch.0, &bytes).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+    }
+
+    #[test]
     fn a_file_that_somebody_else_lengthened_is_not_written() {
         let scratch = Scratch::new("length");
         let path = scratch.0.join("file");
