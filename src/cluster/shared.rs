@@ -428,22 +428,18 @@ fn refuse_if_genuine<'a>(
 ) -> Result<()> {
     use ErrorKind::{Authentication, BadCiphertext, Damaged, Misconfigured, WrongIdentity};
     for other in others {
-        let refused = unwrap_root(wrappers, &request(other), &other.record).err();
-        let (not_genuine, nobody_knows) = match refused.as_ref().map(Error::kind) {
-            None | Some(Misconfigured) => (false, false),
-            Some(BadCiphertext | Authentication | WrongIdentity | Damaged) => (true, false),
-            Some(_) => (false, true),
-        };
-        if let (true, Some(error)) = (nobody_knows, refused) {
-            return Err(error);
-        }
-        if !not_genuine {
-            let message = format!(
-                "one copy of the keystore is of cluster {cluster}, the other of cluster {}; move the one away that does not \
-                 belong here, or say which is meant (ClusterOptions::expected_id)",
-                other.cluster
-            );
-            return Err(Error::new(WrongIdentity, message));
+        match unwrap_root(wrappers, &request(other), &other.record).map_err(|error| (error.kind(), error)) {
+            Err((BadCiphertext | Authentication | WrongIdentity | Damaged, _)) => {}
+            // Or only a master key that is not configured could tell whose it is.
+            Ok(_) | Err((Misconfigured, _)) => {
+                let message = format!(
+                    "one copy of the keystore is of cluster {cluster}, the other of cluster {}; move the one away that does \
+                     not belong here, or say which is meant (ClusterOptions::expected_id)",
+                    other.cluster
+                );
+                return Err(Error::new(WrongIdentity, message));
+            }
+            Err((_, error)) => return Err(error),
         }
     }
     Ok(())

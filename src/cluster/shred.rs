@@ -24,7 +24,8 @@ use crate::storage::locks::{Destroying, Holder};
 /// What became unreadable when keys were destroyed, and what may still hold the keys.
 ///
 /// The wrapped keys have left both copies of the keystore. Copies of them elsewhere can still be unwrapped by whoever may
-/// use the master keys: what an import replaced (`copies`), exports and backups of the keystore, snapshots of its file system, and blocks that a disk (an SSD, a
+/// use the master keys: what an import replaced (`copies`), exports and backups of the keystore, snapshots of its file
+/// system, and blocks that a disk (an SSD, a
 /// copy-on-write file system) has not overwritten yet. To be sure, destroy the master keys' versions, or those copies.
 #[derive(Clone, PartialEq, Eq, Debug)]
 #[non_exhaustive]
@@ -167,10 +168,7 @@ impl ClusterInner {
             let _ = self.follow_one(database, &cipher);
         }
         self.change(|keystore, root| {
-            self.refuse_if_needed(keystore, root, database, generation)?;
-            let missing =
-                || Error::new(ErrorKind::NotFound, format!("database {database} has no generation {generation}"));
-            let record = keystore.catalogue().generation(database, generation).ok_or_else(missing)?;
+            let record = self.refuse_if_needed(keystore, root, database, generation)?;
             let shredded = Shredded { copies: self.replaced_keystores()?, ..shredded(keystore, database, &[record]) };
             let _lock = self.take_generation(record)?;
             let state = Operation::State { database, generation, state: KeyState::Destroyed };
@@ -204,19 +202,17 @@ impl ClusterInner {
         })
     }
 
-    /// Names everybody who needs the generation.
-    fn refuse_if_needed(
+    /// The record of a generation that nobody needs; else names everybody who does.
+    fn refuse_if_needed<'a>(
         &self,
-        keystore: &Keystore,
+        keystore: &'a Keystore,
         root: &RootKeys,
         database: DatabaseId,
         generation: Generation,
-    ) -> Result<()> {
+    ) -> Result<&'a Record> {
         let catalogue = keystore.catalogue();
-        if catalogue.generation(database, generation).is_none() {
-            let message = format!("database {database} has no generation {generation}");
-            return Err(Error::new(ErrorKind::NotFound, message));
-        }
+        let missing = || Error::new(ErrorKind::NotFound, format!("database {database} has no generation {generation}"));
+        let record = catalogue.generation(database, generation).ok_or_else(missing)?;
         let newest = catalogue.generations(database).next_back().map(|record| record.generation);
         let mut holders: Vec<_> = catalogue
             .key_uses(database)
@@ -227,7 +223,7 @@ impl ClusterInner {
             holders.insert(0, "new seals (rotate first)".to_owned());
         }
         if holders.is_empty() {
-            return Ok(());
+            return Ok(record);
         }
         let message = format!(
             "generation {generation} of database {database} is in use by {}; re-encrypt or remove what they sealed",
