@@ -114,6 +114,8 @@ pub use format::wrapped::Purpose;
 pub use ids::{ClusterId, DatabaseId, FileId, Generation, MasterKeyId, SealId};
 pub use keys::wrapper::{KeyWrapper, WrapContext, WrappedKey};
 pub use keys::wrappers::Wrappers;
+#[cfg(feature = "tokio")]
+pub use kms::asynchronous::{AsyncKeyWrapper, FromAsync};
 pub use kms::local::LocalKeyFile;
 #[cfg(any(test, feature = "test-util"))]
 pub use kms::scripted::ScriptedWrapper;
