@@ -1,6 +1,7 @@
 //! For tests, of this crate and of its users (feature `test-util`): the cipher path over keys and nonces of the caller's
 //! choice, as published test vectors need it. Never seal data with it: it takes a nonce.
 
+pub mod conformance;
 pub mod fuzzing;
 pub mod simulation;
 pub mod stray;
