@@ -5,6 +5,7 @@ use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{LazyLock, Mutex, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -87,7 +88,8 @@ impl Server {
             command.current_dir(directory);
         }
         let errors = log.try_clone().expect("the log can be written");
-        let child = command.stdin(Stdio::null()).stdout(log).stderr(errors).spawn();
+        command.stdin(Stdio::null()).stdout(log).stderr(errors);
+        let child = spawn_for_good(command);
         self.child = Some(child.unwrap_or_else(|error| panic!("starting {wanted:?}: {error}")));
         self.wait_until_it_listens();
     }
@@ -104,6 +106,25 @@ impl Server {
             thread::sleep(Duration::from_millis(20));
         }
     }
+}
+
+/// Starts a child from a thread that never ends: the kernel sends the signal of `--pdeathsig` when the thread that started the
+/// child ends, and those of tests do.
+fn spawn_for_good(command: Command) -> io::Result<Child> {
+    type Order = (Command, mpsc::Sender<io::Result<Child>>);
+    static SPAWNER: LazyLock<Mutex<mpsc::Sender<Order>>> = LazyLock::new(|| {
+        let (orders, inbox) = mpsc::channel::<Order>();
+        thread::spawn(move || {
+            for (mut command, started) in inbox {
+                let _ = started.send(command.spawn());
+            }
+        });
+        Mutex::new(orders)
+    });
+    let (started, outcome) = mpsc::channel();
+    let orders = SPAWNER.lock().expect("the spawner does not panic");
+    orders.send((command, started)).expect("the spawner lives as long as the process");
+    outcome.recv().expect("the spawner answers")
 }
 
 impl Drop for Server {
