@@ -2,10 +2,14 @@
 //! to cheat in four ways.
 //!
 //! ```text
-//! cargo run --release --example quickstart [FILE]
+//! cargo run --release --example quickstart -- [--kms file|aws|azure|gcp|vault] [FILE]
 //! ```
 //!
 //! Without FILE it takes the first 64 MB of the largest file in the Rust toolchain's library folder.
+//!
+//! Without `--kms` the master key is a key file, made for this run. The others are the customer's own: each needs the feature
+//! of its name (`--features aws`) and the environment variables that docs/KMS.md lists. A master key in a service is used and
+//! never changed, so the run does not disable it.
 
 use std::cell::Cell;
 use std::error::Error as StdError;
@@ -14,11 +18,12 @@ use std::io::Read as _;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pageseal::{
-    AesHardware, Cluster, ClusterId, ClusterOptions, Database, Error, ErrorKind, FileId, LocalKeyFile, PageCipher,
-    PageContext, PageFile, PageFileOptions, ReadJob, Threads, Wrappers,
+    AesHardware, Cluster, ClusterId, ClusterOptions, Database, Error, ErrorKind, FileId, KeyWrapper, LocalKeyFile,
+    PageCipher, PageContext, PageFile, PageFileOptions, ReadJob, Threads, Wrappers,
 };
 use ring::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 
@@ -28,8 +33,9 @@ const DEFAULT_LIMIT: u64 = 64_000_000;
 const PAGE_SIZE: u32 = 16 * 1024;
 
 fn main() -> Outcome<()> {
-    let (source, limit) = match std::env::args_os().nth(1) {
-        Some(path) => (PathBuf::from(path), u64::MAX),
+    let arguments = Arguments::parse()?;
+    let (source, limit) = match arguments.file {
+        Some(path) => (path, u64::MAX),
         None => (largest_toolchain_file()?, DEFAULT_LIMIT),
     };
     let mut original = Vec::new();
@@ -38,9 +44,12 @@ fn main() -> Outcome<()> {
     println!("AES hardware {:?}, {} threads", AesHardware::detect(), Threads::shared().threads());
 
     let place = TemporaryDirectory::new()?;
-    let store = Store { cluster: place.0.join("cluster"), key: place.0.join("master.key") };
+    let key = place.0.join("master.key");
+    let master = Master::choose(&arguments.kms, &key)?;
+    println!("master key   {}", master.wrapper.id());
+    let store = Store { cluster: place.0.join("cluster"), master };
     let id = store.write(&original)?;
-    // Everything that `write` had is dropped: what follows comes from the disk and the key file.
+    // Everything that `write` had is dropped: what follows comes from the disk and the master key.
     let read_back = store.read(id)?;
     if read_back != original {
         return Err("what was read back differs from what was stored".into());
@@ -50,26 +59,88 @@ fn main() -> Outcome<()> {
     let refusals = store.show_refusals(id)?;
     let restored = store.show_recovery(id, &original)?;
     println!(
-        "SCORE quickstart bytes={} sha256={} refusals={refusals} restored={}",
+        "SCORE quickstart kms={} bytes={} sha256={} refusals={refusals} restored={}",
+        arguments.kms,
         read_back.len(),
         hex(ring::digest::digest(&ring::digest::SHA256, &read_back).as_ref()),
         u8::from(restored),
     );
-    if refusals == 4 && restored { Ok(()) } else { Err("not everything held".into()) }
+    let expected = if store.master.file.is_some() { 4 } else { 3 };
+    if refusals == expected && restored { Ok(()) } else { Err("not everything held".into()) }
 }
 
-/// Where the cluster and its master key lie.
+struct Arguments {
+    kms: String,
+    file: Option<PathBuf>,
+}
+
+impl Arguments {
+    fn parse() -> Outcome<Self> {
+        let mut parsed = Self { kms: "file".into(), file: None };
+        let mut given = std::env::args_os().skip(1);
+        while let Some(argument) = given.next() {
+            if argument == "--kms" {
+                let kms = given.next().ok_or("--kms needs one of file, aws, azure, gcp, vault")?;
+                parsed.kms = kms.to_string_lossy().into_owned();
+            } else if parsed.file.replace(argument.into()).is_some() {
+                return Err("usage: quickstart [--kms file|aws|azure|gcp|vault] [FILE]".into());
+            }
+        }
+        Ok(parsed)
+    }
+}
+
+/// The master key that the run uses.
+struct Master {
+    wrapper: Arc<dyn KeyWrapper>,
+    /// The key file, if it is one.
+    file: Option<LocalKeyFile>,
+}
+
+impl Master {
+    fn choose(kms: &str, path: &Path) -> Outcome<Self> {
+        if kms != "file" {
+            return Ok(Self { wrapper: Self::in_service(kms)?, file: None });
+        }
+        // A key file beside the data is for trying things out. In production the master key stays in a key service.
+        let file = LocalKeyFile::create(path)?;
+        Ok(Self { wrapper: Arc::new(file.clone()), file: Some(file) })
+    }
+
+    fn in_service(kms: &str) -> Outcome<Arc<dyn KeyWrapper>> {
+        match kms {
+            #[cfg(feature = "aws")]
+            "aws" => Ok(Arc::new(pageseal::AwsKms::from_env()?)),
+            #[cfg(feature = "azure")]
+            "azure" => Ok(Arc::new(pageseal::AzureKeyVault::from_env()?)),
+            #[cfg(feature = "gcp")]
+            "gcp" => Ok(Arc::new(pageseal::GoogleKms::from_env()?)),
+            #[cfg(feature = "vault")]
+            "vault" => Ok(Arc::new(pageseal::VaultTransit::from_env()?)),
+            #[allow(unreachable_patterns)] // Those whose feature is on.
+            "aws" | "azure" | "gcp" | "vault" => {
+                let run = format!("cargo run --release --features {kms} --example quickstart -- --kms {kms}");
+                Err(format!("this build is without the feature {kms}; try: {run}").into())
+            }
+            _ => Err(format!("--kms {kms}: there is file, aws, azure, gcp and vault").into()),
+        }
+    }
+
+    fn wrappers(&self) -> Result<Wrappers, Error> {
+        Wrappers::any_of([Arc::clone(&self.wrapper)])
+    }
+}
+
+/// Where the cluster lies, and its master key.
 struct Store {
     cluster: PathBuf,
-    key: PathBuf,
+    master: Master,
 }
 
 impl Store {
     /// Makes a cluster, a database and a page file, and stores `original` in it.
     fn write(&self, original: &[u8]) -> Outcome<ClusterId> {
-        // A key file beside the data is for trying things out. In production the master key stays in a key service.
-        let master = LocalKeyFile::create(&self.key)?;
-        let cluster = Cluster::create(&self.cluster, ClusterOptions::new(), Wrappers::one(master))?;
+        let cluster = Cluster::create(&self.cluster, ClusterOptions::new(), self.master.wrappers()?)?;
         let database = cluster.create_database("quickstart")?;
         let file = database.create_page_file("data", PageFileOptions::new().page_size(PAGE_SIZE))?;
 
@@ -86,15 +157,19 @@ impl Store {
         Ok(cluster.id())
     }
 
-    fn open(&self, id: ClusterId, key: &Path) -> Result<(Cluster, PageFile), Error> {
+    fn open(&self, id: ClusterId) -> Result<(Cluster, PageFile), Error> {
+        self.open_with(id, self.master.wrappers()?)
+    }
+
+    fn open_with(&self, id: ClusterId, wrappers: Wrappers) -> Result<(Cluster, PageFile), Error> {
         let options = ClusterOptions::new().expected_id(id);
-        let cluster = Cluster::open(&self.cluster, options, Wrappers::one(LocalKeyFile::new(key)))?;
+        let cluster = Cluster::open(&self.cluster, options, wrappers)?;
         let file = cluster.database("quickstart")?.page_file("data")?;
         Ok((cluster, file))
     }
 
     fn read(&self, id: ClusterId) -> Outcome<Vec<u8>> {
-        let (_cluster, file) = self.open(id, &self.key)?;
+        let (_cluster, file) = self.open(id)?;
         let mut pages = Vec::new();
         let mut buffer = vec![0; 256 * file.payload_len()];
         let mut took = Duration::ZERO;
@@ -116,7 +191,7 @@ impl Store {
         from_pages(&pages)
     }
 
-    /// Four attempts that must fail. Returns how many did, with the right kind of error.
+    /// Attempts that must fail, four with a key file. Returns how many did, with the right kind of error.
     fn show_refusals(&self, id: ClusterId) -> Outcome<usize> {
         let mut refusals = 0;
         let mut refused = |what: &str, expected: ErrorKind, outcome: Result<(), Error>| {
@@ -127,7 +202,7 @@ impl Store {
             println!("{what:<12} {}", outcome.err().map_or("accepted".to_owned(), |error| error.to_string()));
         };
 
-        let (cluster, file) = self.open(id, &self.key)?;
+        let (cluster, file) = self.open(id)?;
         let mut buf = vec![0; file.payload_len()];
         let mut read = |page| file.read(page, &mut buf).map(drop);
         let last = file.pages() - 1;
@@ -141,22 +216,27 @@ impl Store {
         read(last)?;
         drop((cluster, file));
 
-        // A master key of the same name, but another one.
-        let other = self.key.with_file_name("other").join("master.key");
+        // Another master key; where the first is a file, one of the same name.
+        let other = self.cluster.with_file_name("other").join("master.key");
         fs::create_dir_all(other.with_file_name(""))?;
-        LocalKeyFile::create(&other)?;
-        refused("wrong key", ErrorKind::BadCiphertext, self.open(id, &other).map(drop));
+        let other = Wrappers::one(LocalKeyFile::create(&other)?);
+        let expected = if self.master.file.is_some() { ErrorKind::BadCiphertext } else { ErrorKind::Misconfigured };
+        refused("wrong key", expected, self.open_with(id, other).map(drop));
 
-        LocalKeyFile::new(&self.key).disable()?;
-        refused("disabled key", ErrorKind::Disabled, self.open(id, &self.key).map(drop));
+        if let Some(file) = &self.master.file {
+            file.disable()?;
+            refused("disabled key", ErrorKind::Disabled, self.open(id).map(drop));
+        }
         Ok(refusals)
     }
 
-    /// Enabling the master key brings everything back.
+    /// Enabling the master key, where it is ours, brings everything back.
     fn show_recovery(&self, id: ClusterId, original: &[u8]) -> Outcome<bool> {
-        LocalKeyFile::new(&self.key).enable()?;
+        if let Some(file) = &self.master.file {
+            file.enable()?;
+        }
         let restored = self.read(id)? == original;
-        println!("enabled      {}", if restored { "the same bytes again" } else { "DIFFERENT BYTES" });
+        println!("opened again {}", if restored { "the same bytes again" } else { "DIFFERENT BYTES" });
         Ok(restored)
     }
 }
