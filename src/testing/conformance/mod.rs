@@ -35,6 +35,7 @@
 //! println!("{report}");
 //! ```
 
+mod copies;
 mod front;
 mod rows;
 mod trial;
@@ -44,6 +45,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use copies::{Copies, copies_left};
 pub use front::{Front, Passage, http_answer};
 
 use crate::keys::wrapper::KeyWrapper;

@@ -68,7 +68,8 @@ impl Binding {
 /// A payload as pageseal makes them, and a copy of its secret half to compare with.
 pub(super) struct Sample {
     pub(super) payload: KeyPayload,
-    bytes: [u8; KeyPayload::LEN],
+    /// On the heap, so that moves leave no copies behind.
+    bytes: Box<[u8; KeyPayload::LEN]>,
 }
 
 impl Sample {
@@ -81,15 +82,21 @@ impl Sample {
             database: binding.database.unwrap_or(DatabaseId::from_bytes([0; 16])),
             seal: SealId::from_bytes([0x5e; 16]),
         };
-        let mut bytes = [0; KeyPayload::LEN];
+        let mut bytes = Box::new([0; KeyPayload::LEN]);
         bytes[..PAYLOAD_KEY_AT].copy_from_slice(&head.encode());
         Env::system().entropy.fill(&mut bytes[PAYLOAD_KEY_AT..]).expect("the system has random bytes");
-        let payload = KeyPayload::from_bytes(&mut bytes.clone()).expect("there is locked memory");
+        let payload = KeyPayload::from_bytes(&mut *bytes.clone()).expect("there is locked memory");
         Self { payload, bytes }
     }
 
+    /// The payload alone; the copy is wiped.
+    pub(super) fn into_payload(mut self) -> KeyPayload {
+        zeroize::Zeroize::zeroize(&mut *self.bytes);
+        self.payload
+    }
+
     pub(super) fn is(&self, payload: &KeyPayload) -> bool {
-        payload.with_bytes(|bytes| *bytes == self.bytes).expect("this process is not forked")
+        payload.with_bytes(|bytes| *bytes == *self.bytes).expect("this process is not forked")
     }
 
     /// Whether `haystack` shows a part of the secret half.

@@ -9,5 +9,6 @@ pub mod azure;
 pub mod gcp;
 pub mod http;
 pub mod server;
+pub mod table;
 #[cfg(feature = "vault")]
 pub mod vault;

@@ -9,71 +9,8 @@ use std::sync::Arc;
 
 use pageseal::testing::conformance::{Behaviour, Cannot, Fault, KeyService, Outcome, Report, Step, run, try_one};
 use pageseal::{KeyPayload, KeyWrapper, KmsClass, KmsError, MasterKeyId, WrapContext, WrappedKey};
-use pageseal_kms_tests as services;
+use pageseal_kms_tests::table::{ENTRIES, Entry, Kind};
 use pageseal_proofs::{score, skipped};
-
-/// A key service to run the suite on. A new provider is one more of these in [`ENTRIES`].
-struct Entry {
-    provider: &'static str,
-    server: &'static str,
-    kind: Kind,
-    start: fn() -> Result<Box<dyn KeyService>, String>,
-    /// What this server, not pageseal, does otherwise. Each must fail its row, or it is no quirk.
-    quirks: &'static [(Behaviour, &'static str)],
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    /// The product itself.
-    Product,
-    /// Another's implementation of the service's interface.
-    Emulator,
-    /// Ours, which replays what is documented, because nothing else runs here.
-    Fake,
-}
-
-impl Kind {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Product => "real",
-            Self::Emulator => "emulator",
-            Self::Fake => "fake",
-        }
-    }
-}
-
-const ENTRIES: &[Entry] = &[
-    #[cfg(feature = "aws")]
-    Entry {
-        provider: "aws",
-        server: "moto",
-        kind: Kind::Emulator,
-        start: services::aws::moto,
-        quirks: services::aws::MOTO_QUIRKS,
-    },
-    #[cfg(feature = "aws")]
-    Entry {
-        provider: "aws",
-        server: "ministack",
-        kind: Kind::Emulator,
-        start: services::aws::ministack,
-        quirks: services::aws::MINISTACK_QUIRKS,
-    },
-    #[cfg(feature = "azure")]
-    Entry { provider: "azure", server: "fake", kind: Kind::Fake, start: services::azure::fake, quirks: &[] },
-    #[cfg(feature = "azure")]
-    Entry {
-        provider: "azure",
-        server: "fake-managed-hsm",
-        kind: Kind::Fake,
-        start: services::azure::fake_managed_hsm,
-        quirks: &[],
-    },
-    #[cfg(feature = "gcp")]
-    Entry { provider: "gcp", server: "fake", kind: Kind::Fake, start: services::gcp::fake, quirks: &[] },
-    #[cfg(feature = "vault")]
-    Entry { provider: "vault", server: "openbao", kind: Kind::Product, start: services::vault::openbao, quirks: &[] },
-];
 
 /// What one run over all services brought.
 struct Column {
