@@ -9,7 +9,7 @@
 //!
 //! # let dir = std::env::temp_dir().join(format!("pageseal-doc-lib-{}", std::process::id()));
 //! # std::fs::create_dir_all(&dir)?;
-//! // The master key. A key file is for trying things out; in production implement `KeyWrapper` over your key service.
+//! // The master key. A key file is for trying things out; in production it stays in a key service (`AwsKms` and others).
 //! let master = LocalKeyFile::create(dir.join("master.key"))?;
 //! let cluster = Cluster::create(&dir.join("cluster"), ClusterOptions::new(), Wrappers::one(master))?;
 //! let orders = cluster.create_database("orders")?;
@@ -54,7 +54,7 @@
 //! # What is not there yet
 //!
 //! Commits that rewrite pages durably, checking the master key regularly and disabling a running cluster by itself when it is
-//! revoked, re-encrypting what older generations sealed, backups, and the adapters to key services and engines. The
+//! revoked, re-encrypting what older generations sealed, backups, and the adapters to engines. The
 //! documentation of each type says what it does today.
 //!
 //! # Where things are
@@ -67,8 +67,10 @@
 //! | rotate and rewrap keys | [`Database::rotate`], [`Cluster::rewrap`], [`Cluster::set_hierarchy`] |
 //! | destroy keys for good | [`Cluster::drop_database`], [`Database::destroy_generation`] |
 //! | stop everything at once, and come back | [`Cluster::disable`], [`Cluster::retry`] |
-//! | connect a key service | [`KeyWrapper`], [`Wrappers`]; [`LocalKeyFile`] to try things out |
+//! | use a master key in a key service | `AwsKms`, `AzureKeyVault`, `GoogleKms`, `VaultTransit`, each with its feature; [`LocalKeyFile`] to try things out |
+//! | connect another key service | [`KeyWrapper`], [`Wrappers`]; `AsyncKeyWrapper` and `FromAsync`, feature `tokio` |
 //! | test your own code against failing key services | `ScriptedWrapper`, feature `test-util` |
+//! | test a [`KeyWrapper`] of your own | `testing::conformance`, feature `test-util` |
 //!
 //! # Features
 //!
@@ -76,7 +78,9 @@
 //! |---|---|
 //! | `rustcrypto` | AES-256-GCM by the `aes-gcm` crate, as an alternative that one chooses with [`ClusterOptions::aes_backend`] |
 //! | `aegis` | [`Suite::Aegis256X2`], twice as fast; needs AES hardware, builds C, not for FIPS |
-//! | `test-util` | `ScriptedWrapper`, injected randomness, and raw access for test vectors |
+//! | `aws`, `azure`, `gcp`, `vault` | master keys in AWS KMS, Azure Key Vault, Google Cloud KMS, and Vault or OpenBao (docs/KMS.md) |
+//! | `tokio` | `FromAsync`: a [`KeyWrapper`] made of an asynchronous implementation |
+//! | `test-util` | `ScriptedWrapper`, the conformance suite for key services, injected randomness, and raw access for test vectors |
 //!
 //! Features only add: none changes what the others do, and none weakens anything.
 
