@@ -1,7 +1,7 @@
 //! How close pageseal comes to the ciphers under it.
 //!
 //! ```text
-//! cargo run --release --all-features --example limits
+//! cargo run --release --features rustcrypto,aegis,test-util --example limits
 //! ```
 //!
 //! Each figure compares two loops that take turns within a fraction of a millisecond, so that both see the same machine;
