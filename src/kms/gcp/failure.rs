@@ -101,9 +101,13 @@ impl Asked<'_> {
             Code::FailedPrecondition => self.precondition(status, said),
             Code::PermissionDenied => match reason(status) {
                 // Of the project that pays, not of the key: no verdict on it.
-                Some("SERVICE_DISABLED" | "BILLING_DISABLED" | "USER_PROJECT_DENIED" | "CONSUMER_INVALID") => {
-                    misconfigured(format!("the project that is charged for the request may not make it: {said}"))
-                }
+                Some(
+                    "SERVICE_DISABLED"
+                    | "BILLING_DISABLED"
+                    | "USER_PROJECT_DENIED"
+                    | "CONSUMER_INVALID"
+                    | "CONSUMER_SUSPENDED",
+                ) => misconfigured(format!("the project that is charged for the request may not make it: {said}")),
                 _ => KmsError::with_source(KmsClass::Denied, said),
             },
             Code::Unauthenticated => {
