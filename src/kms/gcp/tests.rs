@@ -29,7 +29,8 @@ fn refused<T>(outcome: Result<T>) -> String {
 
 #[test]
 fn a_wrong_setting_is_told_with_its_variable_and_an_example() {
-    let cases: [(&[(&str, &str)], &[&str]); 7] = [
+    type Case = (&'static [(&'static str, &'static str)], &'static [&'static str]);
+    let cases: [Case; 7] = [
         (&[], &["PAGESEAL_GCP_KEY is not set", EXAMPLE]),
         (&[("PAGESEAL_GCP_KEY", "")], &["PAGESEAL_GCP_KEY is not set", EXAMPLE]),
         (&[("PAGESEAL_GCP_KEY", "my-key")], &["PAGESEAL_GCP_KEY: piece 1 must be \"projects\"", EXAMPLE]),

@@ -6,6 +6,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use base64::Engine;
@@ -106,6 +107,7 @@ pub enum Corruption {
 #[derive(Clone)]
 pub struct FakeCloudKms {
     address: SocketAddr,
+    certificate: Option<PathBuf>,
     state: Arc<Mutex<State>>,
 }
 
@@ -120,6 +122,8 @@ struct State {
     accounts: HashMap<String, Vec<u8>>,
     /// Refresh tokens and subject tokens that are exchanged for a good token.
     exchanged: HashSet<String>,
+    /// What they are exchanged for, and what the metadata server gives.
+    issued: String,
     corruption: Option<Corruption>,
     canned: Option<Canned>,
     seen: Vec<(String, Vec<(String, String)>)>,
@@ -146,20 +150,34 @@ impl Default for FakeCloudKms {
 impl FakeCloudKms {
     /// On a free port of 127.0.0.1, with [`KEY`] and [`OTHER_KEY`] and [`GOOD_TOKEN`].
     pub fn start() -> Self {
+        Self::start_as(None)
+    }
+
+    /// The same with TLS, under a certificate of its own.
+    pub fn start_with_tls() -> Self {
+        Self::start_as(Some("fake-cloud-kms"))
+    }
+
+    fn start_as(tls: Option<&str>) -> Self {
         let state = State {
             keys: [KEY, OTHER_KEY].map(|name| (name.to_owned(), Key::new())).into(),
             allowed: true,
             tokens: HashSet::from([GOOD_TOKEN.to_owned()]),
             accounts: HashMap::new(),
             exchanged: HashSet::new(),
+            issued: GOOD_TOKEN.into(),
             corruption: None,
             canned: None,
             seen: Vec::new(),
         };
         let state = Arc::new(Mutex::new(state));
         let shared = Arc::clone(&state);
-        let server = HttpServer::plain(move |request| lock(&shared).answer(request));
-        Self { address: server.address(), state }
+        let handler = move |request: &Request| lock(&shared).answer(request);
+        let server = match tls {
+            Some(name) => HttpServer::tls(name, handler),
+            None => HttpServer::plain(handler),
+        };
+        Self { address: server.address(), certificate: server.certificate().map(Path::to_owned), state }
     }
 
     /// Where it listens.
@@ -167,9 +185,15 @@ impl FakeCloudKms {
         self.address
     }
 
-    /// `http://` and the address.
+    /// The scheme and the address.
     pub fn url(&self) -> String {
-        format!("http://{}", self.address)
+        let scheme = if self.certificate.is_some() { "https" } else { "http" };
+        format!("{scheme}://{}", self.address)
+    }
+
+    /// The file with its certificate, if it has one.
+    pub fn certificate(&self) -> Option<&Path> {
+        self.certificate.as_deref()
     }
 
     /// Whether the identity has the role on the keys.
@@ -208,7 +232,13 @@ impl FakeCloudKms {
         self.state().tokens.remove(token);
     }
 
-    /// Exchanges this refresh token or subject token for [`GOOD_TOKEN`] from now on.
+    /// Gives and takes this access token from now on.
+    pub fn issue_token(&self, token: &str) {
+        self.accept_token(token);
+        self.state().issued = token.to_owned();
+    }
+
+    /// Exchanges this refresh token or subject token for an access token from now on.
     pub fn accept_for_exchange(&self, token: &str) {
         self.state().exchanged.insert(token.to_owned());
     }
@@ -247,6 +277,7 @@ fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
     state.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+#[allow(clippy::disallowed_methods)] // The fake is a service of its own, whose keys no test chooses.
 fn random<const N: usize>() -> [u8; N] {
     let mut bytes = [0; N];
     SystemRandom::new().fill(&mut bytes).expect("the system has random bytes");
@@ -280,7 +311,7 @@ impl State {
         }
         match request.path() {
             "/token" => self.exchange(request),
-            "/computeMetadata/v1/instance/service-accounts/default/token" => metadata_token(request),
+            "/computeMetadata/v1/instance/service-accounts/default/token" => self.metadata_token(request),
             path => self.key_service(path, request).unwrap_or_else(|refused| refused),
         }
     }
@@ -295,11 +326,21 @@ impl State {
                 let issued = "urn:ietf:params:oauth:token-type:access_token";
                 Answer::json(
                     "200 OK",
-                    json!({"access_token": GOOD_TOKEN, "token_type": "Bearer", "expires_in": 3600,
+                    json!({"access_token": self.issued, "token_type": "Bearer", "expires_in": 3600,
                     "issued_token_type": issued}),
                 )
             }
             false => Answer::json("400 Bad Request", body_of_error("token_invalid_grant.json", KEY, 1)),
+        }
+    }
+
+    /// As Compute Engine and GKE serve it.
+    fn metadata_token(&self, request: &Request) -> Answer {
+        match request.header("metadata-flavor") {
+            Some("Google") => {
+                Answer::json("200 OK", json!({"access_token": self.issued, "token_type": "Bearer", "expires_in": 3599}))
+            }
+            _ => Answer::json("403 Forbidden", "Missing required header"),
         }
     }
 
@@ -339,6 +380,7 @@ impl State {
         let claims: Value = serde_json::from_slice(&decode(claims)?).ok()?;
         let account = claims["iss"].as_str()?;
         let key = UnparsedPublicKey::new(&RSA_PKCS1_2048_8192_SHA256, self.accounts.get(account)?);
+        #[allow(clippy::disallowed_methods)] // The SDK signs for the time that it is.
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).ok()?.as_secs();
         let lives = claims["iat"].as_u64()? <= now && now < claims["exp"].as_u64()?;
         let scope = claims["scope"].as_str()?.contains("https://www.googleapis.com/auth/cloud-platform");
@@ -443,16 +485,6 @@ impl State {
             answer.as_object_mut().expect("it is an object").remove("plaintextCrc32c");
         }
         Ok(Answer::json("200 OK", answer))
-    }
-}
-
-/// As Compute Engine and GKE serve it.
-fn metadata_token(request: &Request) -> Answer {
-    match request.header("metadata-flavor") {
-        Some("Google") => {
-            Answer::json("200 OK", json!({"access_token": GOOD_TOKEN, "token_type": "Bearer", "expires_in": 3599}))
-        }
-        _ => Answer::json("403 Forbidden", "Missing required header"),
     }
 }
 
