@@ -120,6 +120,8 @@ pub use keys::wrapper::{KeyWrapper, WrapContext, WrappedKey};
 pub use keys::wrappers::Wrappers;
 #[cfg(feature = "tokio")]
 pub use kms::asynchronous::{AsyncKeyWrapper, FromAsync};
+#[cfg(feature = "gcp")]
+pub use kms::gcp::{GoogleCredentials, GoogleKms, GoogleKmsBuilder};
 pub use kms::local::LocalKeyFile;
 #[cfg(any(test, feature = "test-util"))]
 pub use kms::scripted::ScriptedWrapper;

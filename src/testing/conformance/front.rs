@@ -77,6 +77,9 @@ impl Front {
     /// If the port cannot be taken again after it was given up for [`Passage::Refuse`].
     pub fn set(&self, passage: Passage) {
         let before = std::mem::replace(&mut *self.shared.passage(), passage.clone());
+        if before == passage {
+            return;
+        }
         for (_, ends) in self.shared.open().drain() {
             ends.iter().for_each(|end| _ = end.shutdown(Shutdown::Both));
         }

@@ -48,8 +48,8 @@ use std::time::Duration;
 pub use copies::{Copies, copies_left};
 pub use front::{Front, Passage, http_answer};
 
-use crate::keys::wrapper::KeyWrapper;
-use trial::{Stop, Trial};
+use crate::keys::wrapper::{KeyWrapper, WrapContext};
+use trial::{Binding, Stop, Trial};
 
 /// A master key at a key service, and the means to change its fate.
 pub trait KeyService: Send + Sync {
@@ -350,6 +350,11 @@ pub fn try_one(service: &dyn KeyService, behaviour: Behaviour) -> Outcome {
         (_, Ok(Err(why))) => Outcome::Failed(format!("afterwards: {why}")),
         (_, Err(panic)) => Outcome::Failed(format!("afterwards, panicked: {}", text_of(&*panic))),
     }
+}
+
+/// A context for a data key, with this time left: for tests that call a wrapper themselves.
+pub fn context(timeout: Duration) -> WrapContext<'static> {
+    Binding::DATA.context(timeout)
 }
 
 fn judged(service: &dyn KeyService, behaviour: Behaviour, quirks: &[(Behaviour, &str)]) -> Outcome {

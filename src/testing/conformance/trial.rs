@@ -175,6 +175,7 @@ impl<'a> Trial<'a> {
         // A service that cannot inflict anything has nothing to take back.
         let _ = self.service.inflict(Fault::None);
         let done = std::mem::take(&mut *self.done.lock().unwrap_or_else(PoisonError::into_inner));
+        self.settle();
         for step in done.into_iter().rev().filter_map(Step::opposite) {
             self.service.perform(step).map_err(|Cannot(why)| format!("{step:?}: {why}"))?;
         }

@@ -7,6 +7,8 @@ pub mod aws;
 pub mod azure;
 #[cfg(feature = "gcp")]
 pub mod gcp;
+#[cfg(feature = "gcp")]
+pub mod gcp_fake;
 pub mod http;
 pub mod server;
 pub mod table;

@@ -1,0 +1,338 @@
+//! What a failed request means: the one place where answers of Google's services become a [`KmsClass`].
+//!
+//! A verdict against the key ([`KmsClass::is_revocation`]) is drawn from Google's own error objects only. What a proxy may
+//! have said instead (pages of HTML, bare status codes) never is one.
+
+use std::error::Error as StdError;
+use std::time::Duration;
+
+use google_cloud_auth::errors::CredentialsError;
+use google_cloud_gax::error::Error as CallError;
+use google_cloud_gax::error::rpc::{Code, Status, StatusDetails};
+use serde_json::Value;
+
+use super::name::KeyName;
+use crate::error::{KmsClass, KmsError};
+
+/// Texts of a service are quoted up to so many characters.
+const QUOTED: usize = 300;
+
+/// The request that failed.
+pub(super) struct Asked<'a> {
+    pub(super) key: &'a KeyName,
+    /// Where it was sent, for errors.
+    pub(super) endpoint: &'a str,
+    /// Where the credentials come from, for errors.
+    pub(super) origin: &'a str,
+    /// For decryption: the version of the key that the record says it was wrapped by.
+    pub(super) record: Option<&'a str>,
+}
+
+pub(super) fn unclassified(text: impl Into<String>) -> KmsError {
+    KmsError::with_source(KmsClass::Unclassified, text.into())
+}
+
+pub(super) fn unreachable(text: impl Into<String>) -> KmsError {
+    KmsError::with_source(KmsClass::Unreachable, text.into())
+}
+
+fn misconfigured(text: impl Into<String>) -> KmsError {
+    KmsError::with_source(KmsClass::Misconfigured, text.into())
+}
+
+/// Whether the credentials were refused, or there were none: others may do better.
+pub(super) fn is_about_credentials(error: &CallError) -> bool {
+    error.is_authentication() || error.status().is_some_and(|status| status.code == Code::Unauthenticated)
+}
+
+impl Asked<'_> {
+    /// The failure of a request to the key service.
+    pub(super) fn failed(&self, error: &CallError) -> KmsError {
+        if let Some(error) = links(error).find_map(|link| link.downcast_ref::<CredentialsError>()) {
+            return self.without_token(error);
+        }
+        match (error.http_status_code(), error.status()) {
+            // Whatever the body says: a service that fails knows nothing for certain.
+            (Some(code @ (408 | 500 | 502..=599)), status) => {
+                let said = status.map(|status| quoted(&status.message)).unwrap_or_default();
+                unreachable(format!("{} answered {code}{said}", self.endpoint))
+            }
+            (code, Some(status)) if status.code != Code::Unknown => self.refused(status, code, error),
+            (Some(429), _) => throttled(format!("{} answered 429", self.endpoint), retry_after(error)),
+            (Some(404), _) => {
+                misconfigured(format!("{} answered 404, not as Cloud KMS does; check the endpoint", self.endpoint))
+            }
+            (Some(code @ 300..=399), _) => misconfigured(format!(
+                "{} sends requests elsewhere ({code}), not as Cloud KMS does; check the endpoint",
+                self.endpoint
+            )),
+            (Some(code), _) => unclassified(format!("{} answered {code}, not as Cloud KMS does", self.endpoint)),
+            (None, _) => self.not_answered(error),
+        }
+    }
+
+    /// There was no HTTP answer that could be read.
+    fn not_answered(&self, error: &CallError) -> KmsError {
+        let endpoint = self.endpoint;
+        let why = links(error).last().map(|link| quoted(&link.to_string())).unwrap_or_default();
+        if error.is_deserialization() {
+            // Without the reason, which may quote what was received.
+            return unclassified(format!("{endpoint} sent an answer that is not as those of Cloud KMS"));
+        }
+        if error.is_serialization() || error.is_binding() {
+            return misconfigured(format!("the request cannot be made{why}"));
+        }
+        if links(error).any(|link| link.to_string().contains("invalid peer certificate")) {
+            return misconfigured(format!(
+                "the certificate of {endpoint} is not trusted{why}; check the endpoint, the clock, and the system's trusted \
+                 authorities (SSL_CERT_FILE)"
+            ));
+        }
+        match error.is_timeout() {
+            true => unreachable(format!("{endpoint} did not answer in time")),
+            false => unreachable(format!("no answer from {endpoint}{why}")),
+        }
+    }
+
+    /// One of Google's error objects.
+    fn refused(&self, status: &Status, code: Option<u16>, error: &CallError) -> KmsError {
+        let said = format!("{}{}", status.code.name(), quoted(&status.message));
+        match status.code {
+            Code::FailedPrecondition => self.precondition(status, said),
+            Code::PermissionDenied => match reason(status) {
+                // Of the project that pays, not of the key: no verdict on it.
+                Some(
+                    "SERVICE_DISABLED"
+                    | "BILLING_DISABLED"
+                    | "USER_PROJECT_DENIED"
+                    | "CONSUMER_INVALID"
+                    | "CONSUMER_SUSPENDED",
+                ) => misconfigured(format!("the project that is charged for the request may not make it: {said}")),
+                _ => KmsError::with_source(KmsClass::Denied, said),
+            },
+            Code::Unauthenticated => {
+                KmsError::with_source(KmsClass::Denied, format!("{said}; the credentials are {}", self.origin))
+            }
+            Code::NotFound => misconfigured(format!(
+                "{said}; check the key's name (a key is not deleted before all its versions are destroyed, which is told \
+                 otherwise)"
+            )),
+            Code::InvalidArgument => self.invalid_argument(status, said),
+            Code::ResourceExhausted => throttled(said, retry_delay(status).or_else(|| retry_after(error))),
+            Code::Unavailable | Code::Internal | Code::DeadlineExceeded | Code::Aborted | Code::Cancelled => {
+                unreachable(said)
+            }
+            Code::Unimplemented => misconfigured(format!("{said}; check the endpoint {}", self.endpoint)),
+            _ => unclassified(match code {
+                Some(code) => format!("{said} ({code})"),
+                None => said,
+            }),
+        }
+    }
+
+    fn invalid_argument(&self, status: &Status, said: String) -> KmsError {
+        let message = status.message.to_ascii_lowercase();
+        if message.contains("crc32c") || message.contains("checksum") {
+            return unreachable(format!("the request was corrupted in transit: {said}"));
+        }
+        match self.record.is_some() && message.starts_with("decryption failed") {
+            true => KmsError::with_source(KmsClass::BadCiphertext, said),
+            false => misconfigured(said),
+        }
+    }
+
+    /// A version of the key that cannot be used. The state is in the details and in the message; what contradicts itself,
+    /// names another key, or is worded otherwise is no verdict.
+    fn precondition(&self, status: &Status, said: String) -> KmsError {
+        let details = status.details.iter().filter_map(|detail| match detail {
+            StatusDetails::PreconditionFailure(failure) => Some(&failure.violations),
+            _ => None,
+        });
+        let violations = details.flatten().filter_map(|violation| {
+            let state = violation.r#type.strip_prefix("KEY_")?;
+            Some((self.key.version_in(&violation.subject), state))
+        });
+        let claims: Vec<(Option<&str>, &str)> = violations.chain(self.claim_of(&status.message)).collect();
+        let Some(&(Some(version), state)) = claims.first().filter(|first| claims.iter().all(|claim| claim == *first))
+        else {
+            return unclassified(said);
+        };
+        let class = match state {
+            "DISABLED" => KmsClass::Disabled,
+            "DESTROYED" | "DESTROY_SCHEDULED" | "PENDING_EXTERNAL_DESTRUCTION" | "EXTERNAL_DESTRUCTION_FAILED" => {
+                KmsClass::Deleted
+            }
+            // Soon over.
+            "PENDING_GENERATION" => KmsClass::Unreachable,
+            "PENDING_IMPORT" | "IMPORT_FAILED" | "GENERATION_FAILED" => KmsClass::Misconfigured,
+            _ => KmsClass::Unclassified,
+        };
+        match self.record {
+            // A blob of another version than its record says was put there by somebody, and must not pass for a revocation.
+            Some(record) if record != version => KmsError::with_source(
+                KmsClass::BadCiphertext,
+                format!(
+                    "the record says that version {record} wrapped it, the service that version {version} did: {said}"
+                ),
+            ),
+            _ => KmsError::with_source(class, said),
+        }
+    }
+
+    /// `NAME is not enabled, current state is: STATE.`
+    fn claim_of<'m>(&self, message: &'m str) -> Option<(Option<&'m str>, &'m str)> {
+        let (name, state) =
+            message.trim_end().trim_end_matches('.').split_once(" is not enabled, current state is: ")?;
+        Some((self.key.version_in(name), state))
+    }
+
+    /// No token could be had: the failure of the token's issuer, not of the key service.
+    pub(super) fn without_token(&self, error: &CredentialsError) -> KmsError {
+        let origin = self.origin;
+        let own = links(error).find_map(|link| link.downcast_ref::<KmsError>());
+        if let Some(own) = own {
+            // From a function of the caller's, or from loading: classified already.
+            let text = own.source.as_ref().map(|source| source.to_string()).unwrap_or_default();
+            let told = KmsError::with_source(own.class, text);
+            return KmsError { retry_after: own.retry_after, ..told };
+        }
+        let what = format!("no access token from {origin}");
+        let answer = Answer::of(error);
+        let said = answer.said.as_deref().map(quoted).unwrap_or_default();
+        match answer.status {
+            Some(status @ (401 | 403)) if answer.is_issuers => {
+                KmsError::with_source(KmsClass::Denied, format!("{what}: refused with {status}{said}"))
+            }
+            Some(400) if answer.refuses() => KmsError::with_source(KmsClass::Denied, format!("{what}: refused{said}")),
+            Some(404) if answer.is_metadata => misconfigured(format!(
+                "{what}: it knows none (404); attach a service account to this machine or pod{said}"
+            )),
+            Some(408 | 429 | 500..=599) => {
+                unreachable(format!("{what}: its issuer answered {}{said}", answer.status.unwrap_or_default()))
+            }
+            Some(status @ (400 | 404)) if answer.is_issuers => {
+                misconfigured(format!("{what}: its issuer does not take the request ({status}{said})"))
+            }
+            Some(status) => unclassified(format!("{what}: answered with {status}, not as an issuer of tokens does")),
+            None if error.is_transient() => {
+                let why = links(error).last().map(|link| quoted(&link.to_string())).unwrap_or_default();
+                unreachable(format!("{what}: its issuer cannot be reached{why}"))
+            }
+            None if answer.is_garbled => unclassified(format!("{what}: its issuer's answer is not as it should be")),
+            // A file that is missing, a key that is none. The SDK's text might quote it; the system's does not.
+            None => {
+                let system = links(error).find_map(|link| link.downcast_ref::<std::io::Error>());
+                let why = system.map(|error| quoted(&error.to_string())).unwrap_or_default();
+                misconfigured(format!("{what}: they name something that is missing or malformed{why}"))
+            }
+        }
+    }
+}
+
+/// What is known of the answer of a token's issuer.
+#[derive(Default)]
+struct Answer {
+    status: Option<u16>,
+    /// The error's code, as OAuth 2.0 or Google name it.
+    error: Option<String>,
+    /// What may be quoted.
+    said: Option<String>,
+    is_metadata: bool,
+    /// That it looks like an issuer's own.
+    is_issuers: bool,
+    is_garbled: bool,
+}
+
+impl Answer {
+    fn of(error: &CredentialsError) -> Self {
+        let mut answer = Self::default();
+        for link in links(error) {
+            if let Some(error) = link.downcast_ref::<reqwest::Error>() {
+                answer.status = answer.status.or(error.status().map(|status| status.as_u16()));
+                answer.is_garbled |= error.is_decode();
+            }
+            if let Some(error) = link.downcast_ref::<CallError>()
+                && let Some(status) = error.http_status_code()
+            {
+                // The SDK asks the metadata server so, whose errors are plain text and whose way is no public network.
+                answer.status = answer.status.or(Some(status));
+                answer.is_metadata = true;
+                answer.is_issuers = true;
+            }
+            // The SDK puts the body into the text of its error.
+            if link.is::<CredentialsError>()
+                && let Some((_, rest)) = link.to_string().split_once("body=<")
+                && let Some((body, _)) = rest.rsplit_once('>')
+            {
+                answer.read(body);
+            }
+        }
+        answer
+    }
+
+    fn read(&mut self, body: &str) {
+        let Ok(body) = serde_json::from_str::<Value>(body) else { return };
+        let (code, description) = match &body["error"] {
+            Value::String(code) => (code.as_str(), body["error_description"].as_str()),
+            Value::Object(error) => {
+                let field = |name: &str| error.get(name).and_then(Value::as_str);
+                (field("status").unwrap_or_default(), field("message"))
+            }
+            _ => return,
+        };
+        self.is_issuers = true;
+        self.error = Some(code.to_owned());
+        self.said = Some(format!("{code} {}", description.unwrap_or_default()).trim().to_owned());
+    }
+
+    /// The codes by which OAuth 2.0 refuses credentials: RFC 6749, section 5.2.
+    fn refuses(&self) -> bool {
+        matches!(
+            self.error.as_deref(),
+            Some("invalid_grant" | "invalid_client" | "unauthorized_client" | "access_denied")
+        )
+    }
+}
+
+/// The error and its sources.
+fn links<'a>(error: &'a (dyn StdError + 'static)) -> impl Iterator<Item = &'a (dyn StdError + 'static)> {
+    std::iter::successors(Some(error), |&error| error.source())
+}
+
+fn throttled(text: String, after: Option<Duration>) -> KmsError {
+    KmsError { retry_after: after, ..KmsError::with_source(KmsClass::Throttled, text) }
+}
+
+/// `google.rpc.RetryInfo`.
+fn retry_delay(status: &Status) -> Option<Duration> {
+    status.details.iter().find_map(|detail| match detail {
+        StatusDetails::RetryInfo(info) => {
+            let delay = info.retry_delay.as_ref()?;
+            Some(Duration::new(delay.seconds().try_into().ok()?, delay.nanos().try_into().ok()?))
+        }
+        _ => None,
+    })
+}
+
+/// The header, in seconds.
+fn retry_after(error: &CallError) -> Option<Duration> {
+    let value = error.http_headers()?.get("retry-after")?.to_str().ok()?;
+    value.trim().parse().ok().map(Duration::from_secs)
+}
+
+/// `google.rpc.ErrorInfo`.
+fn reason(status: &Status) -> Option<&str> {
+    status.details.iter().find_map(|detail| match detail {
+        StatusDetails::ErrorInfo(info) => Some(info.reason.as_str()),
+        _ => None,
+    })
+}
+
+/// `: TEXT`, bounded and in one line; nothing for nothing.
+fn quoted(text: &str) -> String {
+    let text: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(QUOTED).collect();
+    match text.trim() {
+        "" => String::new(),
+        text => format!(": {text}"),
+    }
+}
