@@ -450,7 +450,10 @@ impl Service {
         let answer = match call.set_encryption_context(Some(encryption_context(cx))).send().await {
             Ok(answer) => answer,
             Err(error) => {
-                let failure = self.refused("Decrypt", &error, &connected, &named).await;
+                let mut failure = self.refused("Decrypt", &error, &connected, &named).await;
+                if failure.reason == Reason::Policy {
+                    failure = self.of_this_ciphertext(failure, &connected, &named, cx).await;
+                }
                 return Err(self.of_recorded(failure, &recorded, &connected).await.into_error());
             }
         };
@@ -570,6 +573,34 @@ impl Service {
             }
             Err(silent) => silent,
             _ => failure,
+        }
+    }
+
+    /// AWS denies access too where a ciphertext refers to a key that it does not find, which whoever changes a blob can bring
+    /// about. So a denial must also hold for a fresh ciphertext of the same key and context; of a sentence of ours, no payload.
+    async fn of_this_ciphertext(
+        &self,
+        failure: Failure,
+        connected: &Connected,
+        named: &str,
+        cx: &WrapContext<'_>,
+    ) -> Failure {
+        let silent_or = |other: Failure, failure: Failure| match other.class {
+            KmsClass::Unreachable | KmsClass::Throttled => other,
+            _ => failure,
+        };
+        let context = Some(encryption_context(cx));
+        let call = connected.client.encrypt().key_id(named).plaintext(Blob::new(*b"pageseal asks for its rights"));
+        let fresh = match call.set_encryption_context(context.clone()).send().await {
+            Ok(answer) => answer.ciphertext_blob,
+            Err(error) => return silent_or(Failure::of("Encrypt", &error, self.watch.has_loaded()), failure),
+        };
+        let call = connected.client.decrypt().key_id(named).set_ciphertext_blob(fresh);
+        match call.set_encryption_context(context).send().await {
+            Ok(_) => {
+                failure.reclassified(KmsClass::BadCiphertext, "only this ciphertext is refused, a fresh one is not")
+            }
+            Err(error) => silent_or(Failure::of("Decrypt", &error, self.watch.has_loaded()), failure),
         }
     }
 
