@@ -438,3 +438,178 @@ fn xml_text<'a>(body: &'a str, element: &str) -> Option<&'a str> {
     let (_, rest) = body.split_once(&format!("<{element}>"))?;
     rest.split_once(&format!("</{element}>")).map(|(text, _)| text)
 }
+
+#[cfg(test)]
+mod tests {
+    use KmsClass::{BadCiphertext, Deleted, Denied, Disabled, Misconfigured, Throttled, Unclassified, Unreachable};
+
+    use super::*;
+
+    fn answered(code: &str, message: &str, status: u16) -> Failure {
+        Answer { code: Some(code.into()), message: message.into(), status, ..Answer::default() }.judge()
+    }
+
+    #[test]
+    fn each_code_of_aws_has_its_class() {
+        let cases: [(KmsClass, &[&str]); 7] = [
+            (BadCiphertext, &["InvalidCiphertextException", "IncorrectKeyException"]),
+            (Disabled, &["DisabledException"]),
+            (Deleted, &["NotFoundException"]),
+            (
+                Denied,
+                &[
+                    "AccessDeniedException",
+                    "AccessDenied",
+                    "NotAuthorized",
+                    "OptInRequired",
+                    "UnrecognizedClientException",
+                    "InvalidClientTokenId",
+                    "InvalidSignatureException",
+                    "SignatureDoesNotMatch",
+                    "IncompleteSignature",
+                    "MissingAuthenticationToken",
+                    "MissingAuthenticationTokenException",
+                    "ExpiredTokenException",
+                    "ExpiredToken",
+                ],
+            ),
+            (
+                Throttled,
+                &["ThrottlingException", "TooManyRequestsException", "RequestLimitExceeded", "LimitExceededException"],
+            ),
+            (
+                Unreachable,
+                &[
+                    "KMSInternalException",
+                    "DependencyTimeoutException",
+                    "KeyUnavailableException",
+                    "InternalFailure",
+                    "ServiceUnavailable",
+                ],
+            ),
+            (
+                Misconfigured,
+                &[
+                    "InvalidArnException",
+                    "InvalidKeyUsageException",
+                    "UnsupportedOperationException",
+                    "ValidationException",
+                    "UnknownOperationException",
+                    "InvalidAction",
+                    "RequestTimeTooSkewed",
+                    "RequestExpired",
+                ],
+            ),
+        ];
+        for (class, codes) in cases {
+            for code in codes {
+                let failure = answered(code, "why", 400);
+                assert_eq!(failure.class, class, "{code}");
+                assert!(failure.text.starts_with(&format!("{code}: why")), "{}", failure.text);
+            }
+        }
+        assert_eq!(answered("NewException", "", 400).class, Unclassified);
+        assert_eq!(answered("NewException", "", 403).class, Unclassified);
+        assert_eq!(answered("NewException", "", 500).class, Unreachable);
+        assert_eq!(answered("NewException", "", 429).class, Throttled);
+    }
+
+    #[test]
+    fn a_wrong_clock_is_no_revocation() {
+        for message in ["Signature expired: 20261124T1 is now earlier than 2", "Signature not yet current: 20261124T1"]
+        {
+            let failure = answered("InvalidSignatureException", message, 400);
+            assert_eq!(failure.class, Misconfigured);
+            assert!(failure.text.contains("set it (NTP)"), "{}", failure.text);
+        }
+    }
+
+    #[test]
+    fn a_status_alone_is_never_a_revocation() {
+        let class = |status| Answer { status, ..Answer::default() }.judge().class;
+        for status in 100..600 {
+            assert!(!class(status).is_revocation() && class(status) != BadCiphertext, "{status}");
+        }
+        assert_eq!([429, 500, 503, 404, 302, 403, 200].map(class), {
+            [Throttled, Unreachable, Unreachable, Misconfigured, Misconfigured, Unclassified, Unclassified]
+        });
+    }
+
+    #[test]
+    fn only_a_throttled_call_is_told_when_to_come_back() {
+        let after = Some(Duration::from_secs(7));
+        let answer =
+            |status| Answer { status, retry_after: after, ..Answer::default() }.judge().into_error().retry_after;
+        assert_eq!((answer(429), answer(503)), (after, None));
+    }
+
+    #[test]
+    fn a_key_state_has_its_class_by_describe_key_and_by_the_text() {
+        let state = |state: KeyState| judge_state(&state).map(|judged| judged.0);
+        let cases = [
+            (KeyState::PendingDeletion, Deleted),
+            (KeyState::PendingReplicaDeletion, Deleted),
+            (KeyState::PendingImport, Deleted),
+            (KeyState::Disabled, Disabled),
+            (KeyState::Unavailable, Unreachable),
+            (KeyState::Enabled, Unreachable),
+            (KeyState::Creating, Unreachable),
+        ];
+        for (of, class) in cases {
+            assert_eq!(state(of.clone()), Some(class), "{of:?}");
+        }
+        assert_eq!(state(KeyState::from("Haunted")), None);
+        let text = |message: &str| answered("KMSInvalidStateException", message, 400).class;
+        assert_eq!(text("arn:aws:kms:... is pending deletion."), Deleted);
+        assert_eq!(text("arn:aws:kms:... is pending import."), Deleted);
+        assert_eq!(text("arn:aws:kms:... is disabled."), Disabled);
+        assert_eq!(text("arn:aws:kms:... is unavailable."), Unreachable);
+        assert_eq!(text("something else"), Unclassified);
+    }
+
+    #[test]
+    fn a_source_of_credentials_that_is_out_of_reach_says_nothing_and_one_that_says_no_does() {
+        let refused = || std::io::Error::from(std::io::ErrorKind::ConnectionRefused);
+        let cases = [
+            (CredentialsError::not_loaded("nothing is set"), Denied),
+            (CredentialsError::provider_timed_out(Duration::from_secs(1)), Unreachable),
+            (CredentialsError::invalid_configuration("line 3"), Misconfigured),
+            (CredentialsError::provider_error(ConnectorError::io(refused().into())), Unreachable),
+            (CredentialsError::provider_error(ConnectorError::timeout("slow".into())), Unreachable),
+            (CredentialsError::provider_error("AccessDenied: no AssumeRole"), Denied),
+            (CredentialsError::provider_error("ExpiredTokenException: token"), Denied),
+            (CredentialsError::provider_error("Throttling: slow down"), Throttled),
+            (CredentialsError::provider_error("request has timed out"), Unreachable),
+            (CredentialsError::unhandled("what"), Unclassified),
+        ];
+        for (error, class) in cases {
+            let failure = not_sent(&ConnectorError::other(error.into(), None), false);
+            assert_eq!((failure.class, failure.reason), (class, Reason::Credentials), "{}", failure.text);
+        }
+    }
+
+    #[test]
+    fn an_untrusted_certificate_is_a_setting_and_other_trouble_with_tls_an_outage() {
+        let tls = |error: rustls::Error| {
+            let error = std::io::Error::new(std::io::ErrorKind::InvalidData, error);
+            not_sent(&ConnectorError::io(error.into()), true)
+        };
+        let untrusted = tls(rustls::Error::InvalidCertificate(rustls::CertificateError::UnknownIssuer));
+        assert_eq!(untrusted.class, Misconfigured);
+        assert!(untrusted.text.contains("AWS_CA_BUNDLE"), "{}", untrusted.text);
+        assert_eq!(tls(rustls::Error::HandshakeNotComplete).class, Unreachable);
+    }
+
+    #[test]
+    fn a_text_from_outside_is_bounded_and_on_one_line() {
+        assert_eq!(quoted(" a\r\n\tb\u{7}c ", 99), "a b c");
+        assert_eq!(quoted(&"ü".repeat(400), 300), "ü".repeat(300) + "...");
+    }
+
+    #[test]
+    fn a_code_in_xml_is_read() {
+        let body = "<ErrorResponse><Error><Code>AccessDenied</Code><Message>no</Message></Error></ErrorResponse>";
+        assert_eq!((xml_text(body, "Code"), xml_text(body, "Message")), (Some("AccessDenied"), Some("no")));
+        assert_eq!(xml_text("<html><Code>x", "Code"), None);
+    }
+}
