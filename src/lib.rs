@@ -122,6 +122,8 @@ pub use keys::wrappers::Wrappers;
 pub use kms::asynchronous::{AsyncKeyWrapper, FromAsync};
 #[cfg(feature = "gcp")]
 pub use kms::gcp::{GoogleCredentials, GoogleKms, GoogleKmsBuilder};
+#[cfg(feature = "aws")]
+pub use kms::aws::{AwsCredentials, AwsKms, AwsKmsBuilder};
 pub use kms::local::LocalKeyFile;
 #[cfg(any(test, feature = "test-util"))]
 pub use kms::scripted::ScriptedWrapper;

@@ -1,1 +1,763 @@
-//! Placeholder.
+//! [`AwsKms`]: master keys in AWS KMS (feature `aws`).
+
+mod failure;
+mod key;
+mod transport;
+
+use std::collections::HashMap;
+use std::fmt;
+use std::future::Future;
+use std::path::{Path, PathBuf};
+use std::pin::pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use aws_config::retry::RetryConfig;
+use aws_config::stalled_stream_protection::StalledStreamProtectionConfig;
+use aws_config::{BehaviorVersion, Region};
+use aws_sdk_kms::Client;
+use aws_sdk_kms::config::http::HttpResponse;
+use aws_sdk_kms::config::{Credentials, IdentityCache, SharedHttpClient};
+use aws_sdk_kms::error::{ProvideErrorMetadata, SdkError};
+use aws_sdk_kms::primitives::Blob;
+
+use crate::error::{Error, ErrorKind, KmsClass, KmsError, Result};
+use crate::format::wrapped::Purpose;
+use crate::ids::MasterKeyId;
+use crate::keys::wrapper::{KeyWrapper, WrapContext, WrappedKey};
+use crate::kms::asynchronous::{AsyncKeyWrapper, FromAsync};
+use crate::secret::KeyPayload;
+use failure::{Failure, Reason, judge_state};
+use key::{KeyArn, KeyName, is_region};
+use transport::{Guarded, Watch, Watched, endpoint_is_sound, https_client};
+
+const PROVIDER: &str = "aws-kms";
+/// What AWS takes, and what a keystore stores.
+const LONGEST_BLOB: usize = 4096;
+const LONGEST_VERSION: usize = 255;
+/// How much earlier than its deadline a call ends by itself, to say what it was waiting for.
+const MARGIN: Duration = Duration::from_millis(10);
+/// The SDK's own limit for loading credentials, beyond any deadline: ours ends the call.
+const LOAD_TIMEOUT: Duration = Duration::from_secs(300);
+/// How the SDK behaves, so that an upgrade of the SDK changes nothing by the way.
+fn behavior() -> BehaviorVersion {
+    BehaviorVersion::v2026_01_12()
+}
+
+/// A symmetric encryption key in AWS KMS, by the official SDK. Clones are the same wrapper.
+///
+/// Each key is bound to its cluster, database, generation and purpose by the encryption context, whose names and values are
+/// part of the format; they are readable in CloudTrail and in policies (`kms:EncryptionContext:pageseal:cluster`):
+///
+/// | name | value | present |
+/// |---|---|---|
+/// | `pageseal:version` | `1` | always |
+/// | `pageseal:purpose` | `data`, `cluster` or `probe` | always |
+/// | `pageseal:cluster` | 32 hex digits | always |
+/// | `pageseal:database` | 32 hex digits | for data keys |
+/// | `pageseal:generation` | decimal, 1 to 2^24 - 1 | always |
+///
+/// The key can be named in five ways:
+///
+/// | name | example | unwraps |
+/// |---|---|---|
+/// | key id | `1234abcd-12ab-34cd-56ef-1234567890ab` | what this key wrapped |
+/// | key ARN | `arn:aws:kms:eu-west-1:111122223333:key/1234abcd-...` | the same; gives the region too |
+/// | multi-region key id or ARN | `mrk-1234abcd12ab34cd56ef1234567890ab` | what this key wrapped in any region |
+/// | alias | `alias/pageseal` | what any key wrapped to which the alias may have pointed |
+/// | alias ARN | `arn:aws:kms:eu-west-1:111122223333:alias/pageseal` | the same, of this account only |
+///
+/// [`KeyWrapper::id`] is `aws-kms:` and the key id, whether it was named by id or by ARN, so the two can be exchanged, and a
+/// replica of a multi-region key opens what was wrapped in another region. Of an alias it is the alias, as it was written.
+/// The key version is the ARN of the key that wrapped: AWS shows no versions. **An alias is a name that can be pointed
+/// elsewhere**: new keys are then wrapped by the new key and old ones unwrapped by the old one, which so stays needed until
+/// a rewrap, and its state counts as the master key's. Prefer the ARN.
+///
+/// Credentials are those that were given, or come from the SDK's default chain: environment, profile, web identity (EKS),
+/// container (ECS, EKS Pod Identity), instance metadata (EC2). They are loaded at the first call. After an answer that says
+/// they are bad, expired or without the right, client and credentials are made anew at the next call, so that a change in
+/// the file, the role or the policy is taken up without a restart; credentials without an end are also loaded anew every
+/// 15 minutes. The environment of a running process does not change: use [`AwsKms::replace_credentials`].
+///
+/// The SDK's own retries are off: pageseal repeats calls itself. Calls are Encrypt, Decrypt and ReEncrypt, and DescribeKey
+/// where it takes one to understand a failure. [`KeyWrapper::rewrap_key`] is ReEncrypt, which hands no payload out; where
+/// ReEncrypt is not permitted or not known, it is Decrypt and Encrypt.
+///
+/// What the SDK copies is not wiped: while a call lasts, and until its memory is used again, a payload is also in buffers of
+/// the SDK, of its JSON and of TLS. Credentials are wiped by the SDK when it drops them.
+///
+/// ```no_run
+/// use pageseal::{AwsKms, Cluster, ClusterOptions, Wrappers};
+///
+/// let key = AwsKms::builder("arn:aws:kms:eu-west-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab").build()?;
+/// let cluster = Cluster::create("/var/lib/db/cluster".as_ref(), ClusterOptions::new(), Wrappers::one(key))?;
+/// # drop(cluster);
+/// # Ok::<(), pageseal::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct AwsKms(Arc<FromAsync<Service>>);
+
+impl AwsKms {
+    /// Names the master key: see the table above. What else is not set comes from where every AWS program takes it (the
+    /// environment and `~/.aws/config`), among it the region, unless the key's ARN gives it.
+    pub fn builder(key: impl Into<String>) -> AwsKmsBuilder {
+        AwsKmsBuilder {
+            key: key.into(),
+            region: None,
+            endpoint_url: None,
+            credentials: None,
+            profile: None,
+            ca_file: None,
+            plain_http: false,
+        }
+    }
+
+    /// The master key that the environment names.
+    ///
+    /// | variable | meaning |
+    /// |---|---|
+    /// | `PAGESEAL_AWS_KEY` | the key, named in one of the five ways; needed |
+    /// | `AWS_REGION` | the region, unless the key's ARN gives it; else from the profile |
+    /// | `AWS_ENDPOINT_URL_KMS`, `AWS_ENDPOINT_URL` | another endpoint: a VPC endpoint, an emulator |
+    /// | `AWS_CA_BUNDLE` | a PEM file of authorities to trust, beside the system's |
+    /// | `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_SESSION_TOKEN` | credentials |
+    /// | `AWS_PROFILE`, `AWS_CONFIG_FILE`, `AWS_SHARED_CREDENTIALS_FILE`, `AWS_ROLE_ARN`, ... | as for every AWS SDK |
+    ///
+    /// # Errors
+    /// [`ErrorKind::Misconfigured`] names the variable that is missing or wrong.
+    pub fn from_env() -> Result<Self> {
+        Self::from_lookup(|name| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned()))
+    }
+
+    fn from_lookup(lookup: impl Fn(&str) -> Option<String>) -> Result<Self> {
+        let set = |name: &str| lookup(name).filter(|value| !value.is_empty());
+        let Some(key) = set("PAGESEAL_AWS_KEY") else {
+            return Err(misconfigured(
+                "PAGESEAL_AWS_KEY is not set: it names the master key, for example \
+                 PAGESEAL_AWS_KEY=arn:aws:kms:eu-west-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab",
+            ));
+        };
+        KeyName::parse(&key).map_err(|why| misconfigured(format!("PAGESEAL_AWS_KEY, {key:?}, {why}")))?;
+        for name in ["AWS_REGION", "AWS_DEFAULT_REGION"] {
+            if let Some(region) = set(name).filter(|region| !is_region(region)) {
+                return Err(misconfigured(format!("{name} is {region:?}, which is no region; for example eu-west-1")));
+            }
+        }
+        let ids = ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"];
+        if let [Some(_), None] | [None, Some(_)] = ids.map(set) {
+            return Err(misconfigured(format!(
+                "of {} and {}, one is set without the other; set both or none",
+                ids[0], ids[1]
+            )));
+        }
+        for name in ["AWS_ENDPOINT_URL_KMS", "AWS_ENDPOINT_URL"] {
+            if let Some(url) = set(name) {
+                endpoint_is_sound(&url, false).map_err(|why| misconfigured(format!("{name} {why}")))?;
+                break;
+            }
+        }
+        let mut builder = Self::builder(key);
+        if let Some(path) = set("AWS_CA_BUNDLE") {
+            https_client_of(Some(Path::new(&path))).map_err(|why| misconfigured(format!("AWS_CA_BUNDLE: {why}")))?;
+            builder = builder.ca_file(path);
+        }
+        builder.build()
+    }
+
+    /// Puts other credentials in the place of those in use, whatever their source was; the next call uses them. All clones
+    /// of this wrapper do.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Misconfigured`] if they cannot be credentials; nothing is changed then.
+    pub fn replace_credentials(&self, credentials: AwsCredentials) -> Result<()> {
+        credentials.validate()?;
+        let mut state = self.0.get_ref().state();
+        state.credentials = Some(credentials.0);
+        state.forget();
+        Ok(())
+    }
+
+    /// Makes client and credentials anew at the next call, from where they came. Needed only to take up other credentials
+    /// while those in use still work.
+    pub fn refresh(&self) {
+        self.0.get_ref().state().forget();
+    }
+}
+
+impl fmt::Debug for AwsKms {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("AwsKms").field("key", &self.0.get_ref().key.text()).finish_non_exhaustive()
+    }
+}
+
+/// All calls go to the one inside.
+impl KeyWrapper for AwsKms {
+    fn id(&self) -> MasterKeyId {
+        self.0.id()
+    }
+
+    fn wrap_key(&self, key: &KeyPayload, cx: &WrapContext<'_>) -> Result<WrappedKey, KmsError> {
+        self.0.wrap_key(key, cx)
+    }
+
+    fn unwrap_key(&self, key: &WrappedKey, cx: &WrapContext<'_>) -> Result<KeyPayload, KmsError> {
+        self.0.unwrap_key(key, cx)
+    }
+
+    fn rewrap_key(&self, key: &WrappedKey, cx: &WrapContext<'_>) -> Result<WrappedKey, KmsError> {
+        self.0.rewrap_key(key, cx)
+    }
+
+    fn can_rewrap(&self, key: &WrappedKey) -> bool {
+        self.0.can_rewrap(key)
+    }
+
+    fn check(&self, probe: &WrappedKey, cx: &WrapContext<'_>) -> Result<(), KmsError> {
+        self.0.check(probe, cx)
+    }
+}
+
+/// Credentials that were given: an access key of an IAM user, or temporary ones with a session token. Wiped on drop.
+#[derive(Clone)]
+pub struct AwsCredentials(Credentials);
+
+impl AwsCredentials {
+    /// An access key id (20 characters, `AKIA...` or `ASIA...`) and its secret (40 characters).
+    pub fn new(access_key_id: impl Into<String>, secret_access_key: impl Into<String>) -> Self {
+        Self(Credentials::new(access_key_id, secret_access_key, None, None, PROVIDER))
+    }
+
+    /// The same with the session token that came with temporary credentials.
+    pub fn session_token(self, token: impl Into<String>) -> Self {
+        let (id, secret) = (self.0.access_key_id(), self.0.secret_access_key());
+        Self(Credentials::new(id, secret, Some(token.into()), None, PROVIDER))
+    }
+
+    fn validate(&self) -> Result<()> {
+        let parts = [
+            ("access key id", Some(self.0.access_key_id())),
+            ("secret access key", Some(self.0.secret_access_key())),
+            ("session token", self.0.session_token()),
+        ];
+        for (what, part) in parts.into_iter().filter_map(|(what, part)| Some((what, part?))) {
+            if part.is_empty() {
+                return Err(misconfigured(format!("the {what} of the AWS credentials is empty")));
+            }
+            if !part.bytes().all(|byte| byte.is_ascii_graphic()) {
+                let text =
+                    format!("the {what} of the AWS credentials has a space, a line end or another odd character in it");
+                return Err(misconfigured(text));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for AwsCredentials {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("AwsCredentials").finish_non_exhaustive()
+    }
+}
+
+/// Settings of an [`AwsKms`].
+#[derive(Clone, Debug)]
+#[must_use]
+pub struct AwsKmsBuilder {
+    key: String,
+    region: Option<String>,
+    endpoint_url: Option<String>,
+    credentials: Option<AwsCredentials>,
+    profile: Option<String>,
+    ca_file: Option<PathBuf>,
+    plain_http: bool,
+}
+
+impl AwsKmsBuilder {
+    /// The region of the key (`eu-west-1`). Not needed where the key's ARN gives it, and must then be the same.
+    pub fn region(mut self, region: impl Into<String>) -> Self {
+        self.region = Some(region.into());
+        self
+    }
+
+    /// Another endpoint than the region's public one: a VPC endpoint, FIPS, an emulator.
+    pub fn endpoint_url(mut self, url: impl Into<String>) -> Self {
+        self.endpoint_url = Some(url.into());
+        self
+    }
+
+    /// These credentials, instead of those of the default chain.
+    pub fn credentials(mut self, credentials: AwsCredentials) -> Self {
+        self.credentials = Some(credentials);
+        self
+    }
+
+    /// This profile of `~/.aws/config` and `~/.aws/credentials`, instead of the one that `AWS_PROFILE` names.
+    pub fn profile(mut self, name: impl Into<String>) -> Self {
+        self.profile = Some(name.into());
+        self
+    }
+
+    /// Trusts the certificate authorities in this PEM file, beside the system's. It is read by [`AwsKmsBuilder::build`].
+    pub fn ca_file(mut self, path: impl Into<PathBuf>) -> Self {
+        self.ca_file = Some(path.into());
+        self
+    }
+
+    /// Takes an endpoint with `http://` that is not on this machine. **Keys then cross the network in the clear**: for
+    /// emulators in containers only.
+    pub fn allow_plain_http(mut self) -> Self {
+        self.plain_http = true;
+        self
+    }
+
+    /// Makes the wrapper. No call is made, and no credentials are looked for, before the first use.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Misconfigured`] says which setting cannot work, and why.
+    pub fn build(self) -> Result<AwsKms> {
+        let key =
+            KeyName::parse(&self.key).map_err(|why| misconfigured(format!("the AWS KMS key {:?} {why}", self.key)))?;
+        if let Some(region) = &self.region {
+            if !is_region(region) {
+                return Err(misconfigured(format!("the AWS region {region:?} is none; for example eu-west-1")));
+            }
+            if let Some(own) = key.region().filter(|own| own != region) {
+                return Err(misconfigured(format!(
+                    "the AWS KMS key {:?} is in the region {own}, and the region is set to {region}; leave the region away, or \
+                     name the key there",
+                    self.key
+                )));
+            }
+        }
+        if let Some(url) = &self.endpoint_url {
+            endpoint_is_sound(url, self.plain_http)
+                .map_err(|why| misconfigured(format!("the AWS KMS endpoint {why}")))?;
+        }
+        if self.profile.as_deref() == Some("") {
+            return Err(misconfigured("the name of the AWS profile is empty"));
+        }
+        if let Some(credentials) = &self.credentials {
+            credentials.validate()?;
+        }
+        let https = https_client_of(self.ca_file.as_deref()).map_err(misconfigured)?;
+        let region = self.region.or_else(|| key.region().map(str::to_owned));
+        let state = State { credentials: self.credentials.map(|credentials| credentials.0), connected: None, epoch: 0 };
+        let service = Service {
+            key,
+            region,
+            endpoint_url: self.endpoint_url,
+            profile: self.profile,
+            guarded: Guarded::new(https.clone(), self.plain_http),
+            https,
+            watch: Arc::default(),
+            state: Mutex::new(state),
+        };
+        Ok(AwsKms(Arc::new(FromAsync::new(service))))
+    }
+}
+
+fn misconfigured(text: impl Into<String>) -> Error {
+    Error::new(ErrorKind::Misconfigured, text)
+}
+
+fn https_client_of(ca_file: Option<&Path>) -> Result<SharedHttpClient, String> {
+    let Some(path) = ca_file else {
+        return https_client(None);
+    };
+    let named = |why: String| format!("the file of certificate authorities {} {why}", path.display());
+    let pem = std::fs::read(path).map_err(|error| named(format!("cannot be read: {error}")))?;
+    https_client(Some(&pem)).map_err(named)
+}
+
+/// One master key.
+struct Service {
+    key: KeyName,
+    /// As configured, or from the key's ARN; else the SDK finds it.
+    region: Option<String>,
+    endpoint_url: Option<String>,
+    profile: Option<String>,
+    /// Its connections outlive the clients. The sources of credentials use it, some of them over plain HTTP on this machine.
+    https: SharedHttpClient,
+    guarded: Guarded,
+    watch: Arc<Watch>,
+    state: Mutex<State>,
+}
+
+struct State {
+    /// Those that were given.
+    credentials: Option<Credentials>,
+    connected: Option<Arc<Connected>>,
+    /// Counts what was forgotten: a client that was begun before is not kept.
+    epoch: u64,
+}
+
+impl State {
+    fn forget(&mut self) {
+        self.connected = None;
+        self.epoch += 1;
+    }
+}
+
+/// A client with its cache of credentials.
+struct Connected {
+    client: Client,
+    region: String,
+}
+
+impl AsyncKeyWrapper for Service {
+    fn id(&self) -> MasterKeyId {
+        MasterKeyId::new(PROVIDER, self.key.stored())
+    }
+
+    async fn wrap_key(&self, key: &KeyPayload, cx: &WrapContext<'_>) -> Result<WrappedKey, KmsError> {
+        self.within(cx, self.wrap(key, cx)).await
+    }
+
+    async fn unwrap_key(&self, key: &WrappedKey, cx: &WrapContext<'_>) -> Result<KeyPayload, KmsError> {
+        self.within(cx, self.unwrap(key, cx)).await
+    }
+
+    async fn rewrap_key(&self, key: &WrappedKey, cx: &WrapContext<'_>) -> Result<WrappedKey, KmsError> {
+        self.within(cx, self.rewrap(key, cx)).await
+    }
+
+    /// What this key wrapped, under whatever name. Not what other keys of the account wrapped: pageseal has those unwrapped
+    /// by their own wrapper in any case, to hear its verdict, and this wrapper's credentials may have no right to them.
+    fn can_rewrap(&self, key: &WrappedKey) -> bool {
+        key.master_key == self.id()
+            || (key.master_key.provider == PROVIDER
+                && KeyArn::parse(&key.key_version).is_some_and(|arn| self.key.is(&arn)))
+    }
+}
+
+impl Service {
+    async fn wrap(&self, key: &KeyPayload, cx: &WrapContext<'_>) -> Result<WrappedKey, KmsError> {
+        let connected = self.connected().await?;
+        let plaintext = Blob::new(key.with_bytes(|bytes| bytes.to_vec())?);
+        let call = connected.client.encrypt().key_id(self.key.text()).plaintext(plaintext);
+        let answer = match call.set_encryption_context(Some(encryption_context(cx))).send().await {
+            Ok(answer) => answer,
+            Err(error) => return Err(self.refused("Encrypt", &error, &connected, self.key.text()).await.into_error()),
+        };
+        self.wrapped("Encrypt", answer.key_id, answer.ciphertext_blob, &connected)
+    }
+
+    async fn unwrap(&self, key: &WrappedKey, cx: &WrapContext<'_>) -> Result<KeyPayload, KmsError> {
+        let recorded = recorded_key(key)?;
+        let connected = self.connected().await?;
+        let named = self.key.that_unwraps(&recorded, &connected.region).map_err(bad)?;
+        let call = connected.client.decrypt().key_id(&named).ciphertext_blob(Blob::new(key.blob.as_slice()));
+        let answer = match call.set_encryption_context(Some(encryption_context(cx))).send().await {
+            Ok(answer) => answer,
+            Err(error) => {
+                let mut failure = self.refused("Decrypt", &error, &connected, &named).await;
+                if failure.reason == Reason::Policy {
+                    failure = self.of_this_ciphertext(failure, &connected, &named, cx).await;
+                }
+                return Err(self.of_recorded(failure, &recorded, &connected).await.into_error());
+            }
+        };
+        // From here on the bytes are wiped, whatever else is wrong.
+        let mut plaintext =
+            zeroize::Zeroizing::new(WipedVec(answer.plaintext.map(Blob::into_inner).unwrap_or_default()));
+        if let Some(by) =
+            answer.key_id.as_deref().filter(|by| KeyArn::parse(by).is_none_or(|by| by.id() != recorded.id()))
+        {
+            let by = failure::quoted(by, 100);
+            return Err(bad(format!("AWS KMS decrypted it under {by:?}, and it was wrapped by {recorded}")));
+        }
+        if plaintext.0.len() != KeyPayload::LEN {
+            let len = plaintext.0.len();
+            return Err(bad(format!("AWS KMS decrypted it to {len} bytes, and a payload has {}", KeyPayload::LEN)));
+        }
+        Ok(KeyPayload::from_bytes(&mut plaintext.0)?)
+    }
+
+    async fn rewrap(&self, key: &WrappedKey, cx: &WrapContext<'_>) -> Result<WrappedKey, KmsError> {
+        let recorded = recorded_key(key)?;
+        let connected = self.connected().await?;
+        let named = self.key.that_unwraps(&recorded, &connected.region).map_err(bad)?;
+        let context = encryption_context(cx);
+        let call = connected.client.re_encrypt().source_key_id(&named).destination_key_id(self.key.text());
+        let call = call.set_source_encryption_context(Some(context.clone()));
+        let call = call.set_destination_encryption_context(Some(context));
+        match call.ciphertext_blob(Blob::new(key.blob.as_slice())).send().await {
+            Ok(answer) => self.wrapped("ReEncrypt", answer.key_id, answer.ciphertext_blob, &connected),
+            Err(error) => {
+                let failure = Failure::of("ReEncrypt", &error, self.watch.has_loaded());
+                if matches!(failure.reason, Reason::Policy | Reason::UnknownCall) {
+                    // Decrypt and Encrypt are rights of their own; their answers count.
+                    return self.wrap(&self.unwrap(key, cx).await?, cx).await;
+                }
+                let failure = self.understood(failure, &connected, &named).await;
+                Err(self.of_recorded(failure, &recorded, &connected).await.into_error())
+            }
+        }
+    }
+
+    /// What a call that wrapped has answered, if it makes sense.
+    fn wrapped(
+        &self,
+        call: &str,
+        key_id: Option<String>,
+        blob: Option<Blob>,
+        connected: &Connected,
+    ) -> Result<WrappedKey, KmsError> {
+        let senseless = |what: String| KmsError::with_source(KmsClass::Unclassified, format!("{call}: {what}"));
+        let arn = key_id.as_deref().and_then(KeyArn::parse).filter(|arn| arn.to_string().len() <= LONGEST_VERSION);
+        let Some(arn) = arn else {
+            let named = failure::quoted(key_id.as_deref().unwrap_or_default(), 100);
+            return Err(senseless(format!("AWS KMS named the key that it used {named:?}, which is no ARN of a key")));
+        };
+        if !self.key.may_be(&arn, &connected.region) {
+            return Err(senseless(format!("AWS KMS used {arn}, and was asked for {}", self.key.text())));
+        }
+        let blob = blob.map(Blob::into_inner).unwrap_or_default();
+        if !(1..=LONGEST_BLOB).contains(&blob.len()) {
+            return Err(senseless(format!("AWS KMS returned a ciphertext of {} bytes", blob.len())));
+        }
+        Ok(WrappedKey { master_key: self.id(), key_version: arn.to_string(), blob })
+    }
+
+    /// Judges a failed call, and asks for the key's state where the answer depends on it.
+    async fn refused<E>(
+        &self,
+        call: &str,
+        error: &SdkError<E, HttpResponse>,
+        connected: &Arc<Connected>,
+        named: &str,
+    ) -> Failure
+    where
+        E: ProvideErrorMetadata + std::error::Error + 'static,
+    {
+        let call = format!("{call} with {named} in {}", connected.region);
+        self.understood(Failure::of(&call, error, self.watch.has_loaded()), connected, named).await
+    }
+
+    async fn understood(&self, failure: Failure, connected: &Arc<Connected>, named: &str) -> Failure {
+        if failure.class == KmsClass::Denied {
+            self.forget(connected);
+        }
+        match failure.reason {
+            Reason::State => {
+                let Ok(Ok(described)) = self.describe(connected, named).await else {
+                    return failure;
+                };
+                match described.key_state().and_then(judge_state) {
+                    Some((class, text)) => failure.reclassified(class, text),
+                    None => failure,
+                }
+            }
+            Reason::NotFound if self.key.is_alias() && named == self.key.text() => {
+                failure.reclassified(KmsClass::Misconfigured, "there is no such alias in this account and region")
+            }
+            _ => failure,
+        }
+    }
+
+    /// Whoever changed the record may have written a key's ARN into it that we have no right to, or that does not exist. By
+    /// an alias, no key is known to be ours but the one that it points to now.
+    async fn of_recorded(&self, failure: Failure, recorded: &KeyArn, connected: &Arc<Connected>) -> Failure {
+        let suspicious = matches!(failure.reason, Reason::NotFound | Reason::Policy);
+        if !self.key.is_alias() || !suspicious || !failure.class.is_revocation() {
+            return failure;
+        }
+        match self.describe(connected, self.key.text()).await {
+            Ok(Ok(described)) if described.key_id() != recorded.id() => {
+                let why = format!(
+                    "{} points to the key {} now, and {recorded} was refused",
+                    self.key.text(),
+                    described.key_id()
+                );
+                failure.reclassified(KmsClass::Misconfigured, &why)
+            }
+            Err(silent) => silent,
+            _ => failure,
+        }
+    }
+
+    /// AWS denies access too where a ciphertext refers to a key that it does not find, which whoever changes a blob can bring
+    /// about. So a denial must also hold for a fresh ciphertext of the same key and context; of a sentence of ours, no payload.
+    async fn of_this_ciphertext(
+        &self,
+        failure: Failure,
+        connected: &Connected,
+        named: &str,
+        cx: &WrapContext<'_>,
+    ) -> Failure {
+        let silent_or = |other: Failure, failure: Failure| match other.class {
+            KmsClass::Unreachable | KmsClass::Throttled => other,
+            _ => failure,
+        };
+        let context = Some(encryption_context(cx));
+        let call = connected.client.encrypt().key_id(named).plaintext(Blob::new(*b"pageseal asks for its rights"));
+        let fresh = match call.set_encryption_context(context.clone()).send().await {
+            Ok(answer) => answer.ciphertext_blob,
+            Err(error) => return silent_or(Failure::of("Encrypt", &error, self.watch.has_loaded()), failure),
+        };
+        let call = connected.client.decrypt().key_id(named).set_ciphertext_blob(fresh);
+        match call.set_encryption_context(context).send().await {
+            Ok(_) => {
+                failure.reclassified(KmsClass::BadCiphertext, "only this ciphertext is refused, a fresh one is not")
+            }
+            Err(error) => silent_or(Failure::of("Decrypt", &error, self.watch.has_loaded()), failure),
+        }
+    }
+
+    /// What DescribeKey says: the key's description, that it says none, or why it was not heard.
+    async fn describe(
+        &self,
+        connected: &Connected,
+        named: &str,
+    ) -> Result<Result<aws_sdk_kms::types::KeyMetadata, ()>, Failure> {
+        match connected.client.describe_key().key_id(named).send().await {
+            Ok(answer) => Ok(answer.key_metadata.ok_or(())),
+            Err(error) => {
+                let failure = Failure::of("DescribeKey", &error, self.watch.has_loaded());
+                match failure.class {
+                    KmsClass::Unreachable | KmsClass::Throttled => Err(failure),
+                    _ => Ok(Err(())),
+                }
+            }
+        }
+    }
+
+    /// Ends the call a little before its deadline, to say what it was waiting for.
+    async fn within<T>(
+        &self,
+        cx: &WrapContext<'_>,
+        call: impl Future<Output = Result<T, KmsError>>,
+    ) -> Result<T, KmsError> {
+        let started = Instant::now();
+        let mut call = pin!(call);
+        let end = cx.deadline.checked_sub(MARGIN).unwrap_or(cx.deadline);
+        match tokio::time::timeout_at(end.into(), call.as_mut()).await {
+            Ok(outcome) => outcome,
+            Err(_) => {
+                // The call still exists, so what it does just now can be told.
+                let who = match self.watch.is_loading() {
+                    true => "the source of the AWS credentials",
+                    false => "AWS KMS",
+                };
+                let text =
+                    format!("{who} did not answer within {:?}", Duration::from_millis(millis(started.elapsed())));
+                Err(KmsError::with_source(KmsClass::Unreachable, text))
+            }
+        }
+    }
+
+    /// The client in use, or a new one.
+    async fn connected(&self) -> Result<Arc<Connected>, KmsError> {
+        loop {
+            let (epoch, credentials) = {
+                let state = self.state();
+                if let Some(connected) = &state.connected {
+                    return Ok(Arc::clone(connected));
+                }
+                (state.epoch, state.credentials.clone())
+            };
+            let made = self.connect(credentials).await?;
+            let mut state = self.state();
+            if state.epoch == epoch {
+                // Of those that were made at the same time one is kept, so that credentials are loaded once.
+                return Ok(Arc::clone(state.connected.get_or_insert_with(|| Arc::new(made))));
+            }
+        }
+    }
+
+    async fn connect(&self, credentials: Option<Credentials>) -> Result<Connected, KmsError> {
+        let cache = IdentityCache::lazy().load_timeout(LOAD_TIMEOUT).build();
+        let mut loader = aws_config::defaults(behavior())
+            .http_client(self.https.clone())
+            .retry_config(RetryConfig::disabled())
+            .stalled_stream_protection(StalledStreamProtectionConfig::disabled())
+            .identity_cache(cache);
+        if let Some(region) = &self.region {
+            loader = loader.region(Region::new(region.clone()));
+        }
+        if let Some(url) = &self.endpoint_url {
+            loader = loader.endpoint_url(url);
+        }
+        if let Some(profile) = &self.profile {
+            loader = loader.profile_name(profile);
+        }
+        if let Some(credentials) = credentials {
+            loader = loader.credentials_provider(credentials);
+        }
+        let found = loader.load().await;
+        let Some(region) = found.region().map(|region| region.as_ref().to_owned()) else {
+            return Err(KmsError::with_source(
+                KmsClass::Misconfigured,
+                "no AWS region is configured: name the key by its ARN, or set AWS_REGION, the profile's region, or \
+                 AwsKmsBuilder::region",
+            ));
+        };
+        let mut config = aws_sdk_kms::config::Builder::from(&found).http_client(self.guarded.clone());
+        if let Some(inner) = found.credentials_provider() {
+            config = config.credentials_provider(Watched { inner, watch: Arc::clone(&self.watch) });
+        }
+        Ok(Connected { client: Client::from_conf(config.build()), region })
+    }
+
+    /// Has the next call make client and credentials anew, unless that happened already.
+    fn forget(&self, refused: &Arc<Connected>) {
+        let mut state = self.state();
+        if state.connected.as_ref().is_some_and(|connected| Arc::ptr_eq(connected, refused)) {
+            state.forget();
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What the SDK handed out.
+struct WipedVec(Vec<u8>);
+
+impl zeroize::Zeroize for WipedVec {
+    fn zeroize(&mut self) {
+        self.0.as_mut_slice().zeroize();
+    }
+}
+
+fn millis(took: Duration) -> u64 {
+    took.as_millis().try_into().unwrap_or(u64::MAX)
+}
+
+fn bad(text: String) -> KmsError {
+    KmsError::with_source(KmsClass::BadCiphertext, text)
+}
+
+/// The ARN of the key that wrapped it, checked before it is sent anywhere.
+fn recorded_key(key: &WrappedKey) -> Result<KeyArn, KmsError> {
+    if !(1..=LONGEST_BLOB).contains(&key.blob.len()) {
+        return Err(bad(format!("the blob has {} bytes", key.blob.len())));
+    }
+    KeyArn::parse(&key.key_version).ok_or_else(|| {
+        let version = failure::quoted(&key.key_version, LONGEST_VERSION);
+        bad(format!("the recorded key {version:?} is no ARN of a KMS key"))
+    })
+}
+
+/// What a key is bound to, as AWS KMS takes it: part of the format, see [`AwsKms`].
+fn encryption_context(cx: &WrapContext<'_>) -> HashMap<String, String> {
+    let purpose = match cx.purpose {
+        Purpose::Data => "data",
+        Purpose::Cluster => "cluster",
+        Purpose::Probe => "probe",
+    };
+    let mut context = HashMap::from([
+        ("pageseal:version".to_owned(), "1".to_owned()),
+        ("pageseal:purpose".to_owned(), purpose.to_owned()),
+        ("pageseal:cluster".to_owned(), cx.cluster.to_string()),
+        ("pageseal:generation".to_owned(), cx.generation.to_string()),
+    ]);
+    if let Some(database) = cx.database {
+        context.insert("pageseal:database".to_owned(), database.to_string());
+    }
+    context
+}
+
+#[cfg(test)]
+mod tests;
