@@ -116,6 +116,8 @@ pub use keys::wrapper::{KeyWrapper, WrapContext, WrappedKey};
 pub use keys::wrappers::Wrappers;
 #[cfg(feature = "tokio")]
 pub use kms::asynchronous::{AsyncKeyWrapper, FromAsync};
+#[cfg(feature = "azure")]
+pub use kms::azure::{AzureAlgorithm, AzureCredential, AzureKeyVault, AzureKeyVaultBuilder};
 pub use kms::local::LocalKeyFile;
 #[cfg(any(test, feature = "test-util"))]
 pub use kms::scripted::ScriptedWrapper;
