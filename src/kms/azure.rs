@@ -527,11 +527,14 @@ impl AsyncKeyWrapper for Keys {
         };
         let key_version = self.version_of(answer.kid.as_deref())?;
         if pinned.is_some_and(|pinned| !pinned.eq_ignore_ascii_case(&key_version)) {
-            return Err(unclassified(format!("the service wrapped with version {key_version}, not with the pinned one")));
+            return Err(unclassified(format!(
+                "the service wrapped with version {key_version}, not with the pinned one"
+            )));
         }
         let blob = answer.result.unwrap_or_default();
         if !self.algorithm.makes(blob.len()) {
-            let text = format!("the service wrapped into {} bytes, which {} does not make", blob.len(), self.algorithm.name());
+            let text =
+                format!("the service wrapped into {} bytes, which {} does not make", blob.len(), self.algorithm.name());
             return Err(unclassified(text));
         }
         Ok(WrappedKey { master_key: self.id(), key_version, blob })

@@ -147,10 +147,17 @@ pub(super) fn token_refusal(peer: Peer, status: u16, headers: &Headers, body: &[
         (
             400 | 401 | 403,
             Some(
-                "invalid_client" | "unauthorized_client" | "invalid_grant" | "access_denied" | "interaction_required"
-                | "consent_required" | "login_required",
+                "invalid_client"
+                | "unauthorized_client"
+                | "invalid_grant"
+                | "access_denied"
+                | "interaction_required"
+                | "consent_required"
+                | "login_required",
             ),
         ) if peer == Peer::Entra => KmsClass::Denied,
+        // AADSTS70021, 700211, 700212, 700213: the federation of a workload identity is gone, or was never there.
+        (400 | 401, Some("invalid_request")) if said.message.starts_with("AADSTS70021") => KmsClass::Denied,
         (400..=499, Some("invalid_request" | "invalid_scope" | "invalid_resource" | "unsupported_grant_type")) => {
             KmsClass::Misconfigured
         }
