@@ -124,6 +124,8 @@ pub use kms::asynchronous::{AsyncKeyWrapper, FromAsync};
 pub use kms::gcp::{GoogleCredentials, GoogleKms, GoogleKmsBuilder};
 #[cfg(feature = "aws")]
 pub use kms::aws::{AwsCredentials, AwsKms, AwsKmsBuilder};
+#[cfg(feature = "azure")]
+pub use kms::azure::{AzureAlgorithm, AzureCredential, AzureKeyVault, AzureKeyVaultBuilder};
 pub use kms::local::LocalKeyFile;
 #[cfg(any(test, feature = "test-util"))]
 pub use kms::scripted::ScriptedWrapper;
