@@ -120,12 +120,12 @@ pub use keys::wrapper::{KeyWrapper, WrapContext, WrappedKey};
 pub use keys::wrappers::Wrappers;
 #[cfg(feature = "tokio")]
 pub use kms::asynchronous::{AsyncKeyWrapper, FromAsync};
-#[cfg(feature = "gcp")]
-pub use kms::gcp::{GoogleCredentials, GoogleKms, GoogleKmsBuilder};
 #[cfg(feature = "aws")]
 pub use kms::aws::{AwsCredentials, AwsKms, AwsKmsBuilder};
 #[cfg(feature = "azure")]
 pub use kms::azure::{AzureAlgorithm, AzureCredential, AzureKeyVault, AzureKeyVaultBuilder};
+#[cfg(feature = "gcp")]
+pub use kms::gcp::{GoogleCredentials, GoogleKms, GoogleKmsBuilder};
 pub use kms::local::LocalKeyFile;
 #[cfg(any(test, feature = "test-util"))]
 pub use kms::scripted::ScriptedWrapper;
