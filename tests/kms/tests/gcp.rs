@@ -619,6 +619,12 @@ fn the_environment_decides_where_tokens_come_from() {
 }
 
 #[test]
+fn the_sdks_log_which_shows_keys_is_refused() {
+    let outcome = child(&[("PAGESEAL_GCP_ENDPOINT", "http://127.0.0.1:1"), ("GOOGLE_CLOUD_RUST_LOGGING", "true")]);
+    assert!(outcome.starts_with("not made: Misconfigured: GOOGLE_CLOUD_RUST_LOGGING is true"), "{outcome}");
+}
+
+#[test]
 fn tls_works_beside_every_other_feature_and_an_unknown_authority_is_told() {
     let cloud = FakeCloudKms::start_with_tls();
     let error = wrap(&GoogleKms::builder(KEY).endpoint(cloud.url()).credentials(token(GOOD_TOKEN)).build().unwrap());
