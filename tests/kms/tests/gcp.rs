@@ -46,6 +46,16 @@ fn live_conformance_on_google() {
     }
 }
 
+#[test]
+fn the_test_for_google_itself_works_as_far_as_a_fake_can_show() {
+    let fake = FakeCloudKms::start();
+    let (url, metadata) = (fake.url(), fake.address().to_string());
+    let environment =
+        [("PAGESEAL_LIVE_KMS", "1"), ("PAGESEAL_GCP_ENDPOINT", url.as_str()), ("GCE_METADATA_HOST", metadata.as_str())];
+    let (said, errors) = run_alone("live_conformance_on_google", &environment);
+    assert!(said.contains("server=google real=yes behaviours=22 passed=9 skipped=13"), "{said}\n{errors}");
+}
+
 fn payload() -> KeyPayload {
     KeyPayload::from_bytes(&mut [0x5a; 128]).unwrap()
 }
@@ -486,6 +496,20 @@ fn an_issuer_of_tokens_that_cannot_be_reached_says_nothing_about_the_key() {
 }
 
 #[test]
+fn calls_that_come_together_share_one_token() {
+    let fake = Fake::start();
+    fake.cloud.accept_for_exchange("REFRESH-TOKEN");
+    let (wrapper, _front) = with_issuer(&fake);
+    std::thread::scope(|scope| {
+        let calls: Vec<_> = (0..20).map(|_| scope.spawn(|| wrap(&wrapper).map(drop))).collect();
+        calls.into_iter().for_each(|call| call.join().unwrap().unwrap());
+    });
+    let seen = fake.cloud.take_seen();
+    assert_eq!(seen.iter().filter(|(target, _)| target == "/token").count(), 1);
+    assert_eq!(seen.len(), 21);
+}
+
+#[test]
 fn a_token_that_grew_old_in_the_cache_is_renewed_before_anything_is_concluded() {
     let fake = Fake::start();
     fake.cloud.accept_for_exchange("REFRESH-TOKEN");
@@ -548,15 +572,21 @@ fn workload_identity_federation_exchanges_the_token_in_a_file() {
     assert!(error.to_string().contains("No such file"), "{error}");
 }
 
-/// Runs `in_a_child` in a process whose environment is only this, and returns what it said.
-fn child(environment: &[(&str, &str)]) -> String {
+/// Runs one test in a process whose environment is only this, and returns what it said on both channels.
+fn run_alone(test: &str, environment: &[(&str, &str)]) -> (String, String) {
     let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args(["--exact", "in_a_child", "--nocapture"]).env_clear();
-    command.env("HOME", "/nonexistent").env("PAGESEAL_GCP_CHILD", "1").env("PAGESEAL_GCP_KEY", KEY);
+    command.args(["--exact", test, "--nocapture"]).env_clear();
+    command.env("HOME", "/nonexistent").env("PAGESEAL_GCP_KEY", KEY);
     let output = command.envs(environment.iter().copied()).output().unwrap();
-    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (text(&output.stdout), text(&output.stderr))
+}
+
+/// What `in_a_child` says in such a process.
+fn child(environment: &[(&str, &str)]) -> String {
+    let (said, errors) = run_alone("in_a_child", &[environment, &[("PAGESEAL_GCP_CHILD", "1")]].concat());
     let outcome = said.lines().find_map(|line| line.split_once("OUTCOME ")).map(|(_, outcome)| outcome.to_owned());
-    outcome.unwrap_or_else(|| panic!("{said}\n{}", String::from_utf8_lossy(&output.stderr)))
+    outcome.unwrap_or_else(|| panic!("{said}\n{errors}"))
 }
 
 #[test]
