@@ -4,6 +4,7 @@
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use aws_lc_rs::encoding::{AsDer, Pkcs8V1Der};
@@ -18,7 +19,7 @@ use pageseal::{
 };
 use pageseal_kms_tests::gcp::{FAKE_QUIRKS, Fake, fake, live, token};
 use pageseal_kms_tests::gcp_fake::{BODIES, Corruption, FakeCloudKms, GOOD_TOKEN, KEY, OTHER_KEY, VersionState, body};
-use pageseal_kms_tests::http::{Answer, Request};
+use pageseal_kms_tests::http::{Answer, HttpServer, Request};
 use serde_json::json;
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -481,18 +482,31 @@ fn an_issuer_of_tokens_that_cannot_be_reached_says_nothing_about_the_key() {
         assert_eq!(error.class, KmsClass::Unreachable, "{passage:?}: {error}");
         assert!(start.elapsed() < Duration::from_secs(3), "{passage:?}: {:?}", start.elapsed());
     }
-    // It hangs, which the SDK would wait for without an end, and for all later calls too.
-    front.set(Passage::Hang);
-    let start = Instant::now();
-    let error = wrapper.wrap_key(&payload(), &context(Duration::from_millis(500))).unwrap_err();
-    assert_eq!(error.class, KmsClass::Unreachable);
-    assert!(error.to_string().contains("no access token from the credentials JSON"), "{error}");
-    assert!(start.elapsed() < Duration::from_secs(3), "{:?}", start.elapsed());
     front.set(Passage::Open);
     let wrapped = wrap(&wrapper).unwrap();
     // With a token, nothing of this matters until it is refused or ends.
     front.set(Passage::Refuse);
     unwrap(&wrapper, &wrapped).unwrap();
+}
+
+#[test]
+fn an_issuer_that_once_hung_holds_no_later_call_up() {
+    let fake = Fake::start();
+    let asked = AtomicU64::new(0);
+    // The SDK waits for the first answer without a limit, and all calls with it; the connection stays open.
+    let issuer = HttpServer::plain(move |_| {
+        if asked.fetch_add(1, Ordering::SeqCst) == 0 {
+            std::thread::sleep(Duration::from_secs(600));
+        }
+        Answer::json("200 OK", json!({"access_token": GOOD_TOKEN, "token_type": "Bearer", "expires_in": 3600}))
+    });
+    let wrapper = fake.wrapper_with(GoogleCredentials::json(user(&format!("http://{}/token", issuer.address()))));
+    let start = Instant::now();
+    let error = wrapper.wrap_key(&payload(), &context(Duration::from_millis(500))).unwrap_err();
+    assert_eq!(error.class, KmsClass::Unreachable);
+    assert!(error.to_string().contains("no access token from the credentials JSON"), "{error}");
+    assert!(start.elapsed() < Duration::from_secs(3), "{:?}", start.elapsed());
+    wrap(&wrapper).unwrap();
 }
 
 #[test]
