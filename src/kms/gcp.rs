@@ -38,6 +38,8 @@ const ENDPOINT_VARIABLE: &str = "PAGESEAL_GCP_ENDPOINT";
 const QUOTA_PROJECT_VARIABLE: &str = "GOOGLE_CLOUD_QUOTA_PROJECT";
 /// The SDK reads it too, and it wins there: the two must agree.
 const UNIVERSE_VARIABLE: &str = "GOOGLE_CLOUD_UNIVERSE_DOMAIN";
+/// Makes the SDK write every request and answer to the log, payloads included.
+const LOGGING_VARIABLE: &str = "GOOGLE_CLOUD_RUST_LOGGING";
 const EXAMPLE: &str = "projects/my-project/locations/europe-west3/keyRings/my-ring/cryptoKeys/my-key";
 const LONGEST_BLOB: usize = 4096;
 
@@ -94,6 +96,7 @@ impl GoogleKms {
     /// | `GOOGLE_CLOUD_QUOTA_PROJECT` | see [`GoogleKmsBuilder::quota_project`] |
     /// | `GOOGLE_CLOUD_UNIVERSE_DOMAIN` | see [`GoogleKmsBuilder::universe_domain`] |
     /// | `HTTPS_PROXY`, `NO_PROXY`, `SSL_CERT_FILE` | the SDK's: a proxy, and other trusted authorities |
+    /// | `GOOGLE_CLOUD_RUST_LOGGING` | must not be `true`: the SDK would write keys to the log |
     ///
     /// # Errors
     /// [`ErrorKind::Misconfigured`] with the variable, what is wrong with it, and how it should look. No service is asked.
@@ -211,11 +214,17 @@ impl GoogleKmsBuilder {
     /// Without a call to any service.
     ///
     /// # Errors
-    /// [`ErrorKind::Misconfigured`]: which piece of the key's name, which file or what else is wrong.
+    /// [`ErrorKind::Misconfigured`]: which piece of the key's name, which file or what else is wrong. Also if the variable
+    /// `GOOGLE_CLOUD_RUST_LOGGING` is `true`, because the SDK would then write keys to the program's log.
     pub fn build(self) -> Result<GoogleKms> {
         let key = KeyName::parse(&self.key).map_err(|what| misconfigured(format!("the key {:?}: {what}", self.key)))?;
         if let Some(endpoint) = &self.endpoint {
             check_endpoint(endpoint).map_err(|what| misconfigured(format!("the endpoint {what}")))?;
+        }
+        if std::env::var_os(LOGGING_VARIABLE).is_some_and(|value| value == "true") {
+            return Err(misconfigured(format!(
+                "{LOGGING_VARIABLE} is true, by which Google's SDK writes the keys themselves to the log; unset it"
+            )));
         }
         let universe = std::env::var(UNIVERSE_VARIABLE).ok().or(self.universe_domain);
         let slot = Arc::new(Slot::new(self.credentials.clone(), universe.clone()));
@@ -231,8 +240,10 @@ impl GoogleKmsBuilder {
             misconfigured("Google's SDK asks a service before its client is made, which this version does not expect")
         })?;
         let client = client.map_err(|error| {
-            let why = std::error::Error::source(&error).map(|source| format!(": {source}")).unwrap_or_default();
-            misconfigured(format!("making a client for {endpoint}: {error}{why}"))
+            misconfigured(format!(
+                "making a client for {endpoint}{}; are there trusted authorities on this system (SSL_CERT_FILE)?",
+                failure::innermost(&error)
+            ))
         })?;
         let id = MasterKeyId::new(PROVIDER, key.as_str());
         let service = Service { key, id, endpoint, client, slot, quota_project: self.quota_project };

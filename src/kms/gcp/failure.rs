@@ -74,7 +74,7 @@ impl Asked<'_> {
     /// There was no HTTP answer that could be read.
     fn not_answered(&self, error: &CallError) -> KmsError {
         let endpoint = self.endpoint;
-        let why = links(error).last().map(|link| quoted(&link.to_string())).unwrap_or_default();
+        let why = innermost(error);
         if error.is_deserialization() {
             // Without the reason, which may quote what was received.
             return unclassified(format!("{endpoint} sent an answer that is not as those of Cloud KMS"));
@@ -215,8 +215,7 @@ impl Asked<'_> {
             }
             Some(status) => unclassified(format!("{what}: answered with {status}, not as an issuer of tokens does")),
             None if error.is_transient() => {
-                let why = links(error).last().map(|link| quoted(&link.to_string())).unwrap_or_default();
-                unreachable(format!("{what}: its issuer cannot be reached{why}"))
+                unreachable(format!("{what}: its issuer cannot be reached{}", innermost(error)))
             }
             None if answer.is_garbled => unclassified(format!("{what}: its issuer's answer is not as it should be")),
             // A file that is missing, a key that is none. The SDK's text might quote it; the system's does not.
@@ -297,6 +296,11 @@ impl Answer {
 /// The error and its sources.
 fn links<'a>(error: &'a (dyn StdError + 'static)) -> impl Iterator<Item = &'a (dyn StdError + 'static)> {
     std::iter::successors(Some(error), |&error| error.source())
+}
+
+/// `: TEXT` of the last source, which is the system's or the TLS implementation's.
+pub(super) fn innermost(error: &(dyn StdError + 'static)) -> String {
+    links(error).last().map(|link| quoted(&link.to_string())).unwrap_or_default()
 }
 
 fn throttled(text: String, after: Option<Duration>) -> KmsError {

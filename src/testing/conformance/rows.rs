@@ -169,7 +169,6 @@ fn says_nothing(trial: &Trial<'_>, fault: Fault) -> Result<(), Stop> {
     must(class == Some(KmsClass::Unreachable), || format!("{what}, wrapping: {class:?}"))?;
     must(start.elapsed() < SLACK, || format!("{what}: two calls took {:?}", start.elapsed()))?;
     trial.inflict(Fault::None)?;
-    trial.settle();
     trial.opens(&sample, &wrapped, &Binding::DATA)
 }
 
@@ -182,7 +181,6 @@ fn black_hole(trial: &Trial<'_>) -> Result<(), Stop> {
     trial.refuses("hanging", KmsClass::Unreachable, &sample, outcome)?;
     must(took < SHORT + SLACK, || format!("a call with a deadline after {SHORT:?} took {took:?}"))?;
     trial.inflict(Fault::None)?;
-    trial.settle();
     trial.opens(&sample, &wrapped, &Binding::DATA)
 }
 
@@ -197,7 +195,6 @@ fn throttled(trial: &Trial<'_>) -> Result<(), Stop> {
     must(start.elapsed() < SLACK, || format!("the wrapper waited {:?} by itself", start.elapsed()))?;
     must(error.retry_after == Some(after), || format!("asked to come back after {:?}", error.retry_after))?;
     trial.inflict(Fault::None)?;
-    trial.settle();
     trial.opens(&sample, &wrapped, &Binding::DATA)
 }
 
@@ -318,7 +315,6 @@ fn hanging_is_abandoned(trial: &Trial<'_>) -> Result<(), Stop> {
     must(took < 8 * SHORT + SLACK, || format!("opening, with the other key answering, took {took:?}"))?;
     drop(cluster);
     trial.inflict(Fault::None)?;
-    trial.settle();
     let options = ClusterOptions::new().kms_timeout(trial.patience()).expected_id(id);
     Cluster::open(&place.cluster(), options, wrappers()).map_err(text)?.database("meanwhile").map(drop).map_err(text)
 }

@@ -166,8 +166,11 @@ impl<'a> Trial<'a> {
         Ok(())
     }
 
+    /// Returns when pooled connections have noticed, too: a call must meet the fault, and not a connection that it closed.
     pub(super) fn inflict(&self, fault: Fault) -> Result<(), Stop> {
-        Ok(self.service.inflict(fault)?)
+        self.service.inflict(fault)?;
+        self.settle();
+        Ok(())
     }
 
     /// Makes all well again, and sees that it is.

@@ -4,6 +4,7 @@
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use aws_lc_rs::encoding::{AsDer, Pkcs8V1Der};
@@ -18,7 +19,7 @@ use pageseal::{
 };
 use pageseal_kms_tests::gcp::{FAKE_QUIRKS, Fake, fake, live, token};
 use pageseal_kms_tests::gcp_fake::{BODIES, Corruption, FakeCloudKms, GOOD_TOKEN, KEY, OTHER_KEY, VersionState, body};
-use pageseal_kms_tests::http::{Answer, Request};
+use pageseal_kms_tests::http::{Answer, HttpServer, Request};
 use serde_json::json;
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -44,6 +45,16 @@ fn live_conformance_on_google() {
         Ok(service) => conformance(&*service, "google", "yes", &[]),
         Err(why) => println!("not run against Google itself: {why}"),
     }
+}
+
+#[test]
+fn the_test_for_google_itself_works_as_far_as_a_fake_can_show() {
+    let fake = FakeCloudKms::start();
+    let (url, metadata) = (fake.url(), fake.address().to_string());
+    let environment =
+        [("PAGESEAL_LIVE_KMS", "1"), ("PAGESEAL_GCP_ENDPOINT", url.as_str()), ("GCE_METADATA_HOST", metadata.as_str())];
+    let (said, errors) = run_alone("live_conformance_on_google", &environment);
+    assert!(said.contains("server=google real=yes behaviours=22 passed=9 skipped=13"), "{said}\n{errors}");
 }
 
 fn payload() -> KeyPayload {
@@ -471,18 +482,45 @@ fn an_issuer_of_tokens_that_cannot_be_reached_says_nothing_about_the_key() {
         assert_eq!(error.class, KmsClass::Unreachable, "{passage:?}: {error}");
         assert!(start.elapsed() < Duration::from_secs(3), "{passage:?}: {:?}", start.elapsed());
     }
-    // It hangs, which the SDK would wait for without an end, and for all later calls too.
-    front.set(Passage::Hang);
-    let start = Instant::now();
-    let error = wrapper.wrap_key(&payload(), &context(Duration::from_millis(500))).unwrap_err();
-    assert_eq!(error.class, KmsClass::Unreachable);
-    assert!(error.to_string().contains("no access token from the credentials JSON"), "{error}");
-    assert!(start.elapsed() < Duration::from_secs(3), "{:?}", start.elapsed());
     front.set(Passage::Open);
     let wrapped = wrap(&wrapper).unwrap();
     // With a token, nothing of this matters until it is refused or ends.
     front.set(Passage::Refuse);
     unwrap(&wrapper, &wrapped).unwrap();
+}
+
+#[test]
+fn an_issuer_that_once_hung_holds_no_later_call_up() {
+    let fake = Fake::start();
+    let asked = AtomicU64::new(0);
+    // The SDK waits for the first answer without a limit, and all calls with it; the connection stays open.
+    let issuer = HttpServer::plain(move |_| {
+        if asked.fetch_add(1, Ordering::SeqCst) == 0 {
+            std::thread::sleep(Duration::from_secs(600));
+        }
+        Answer::json("200 OK", json!({"access_token": GOOD_TOKEN, "token_type": "Bearer", "expires_in": 3600}))
+    });
+    let wrapper = fake.wrapper_with(GoogleCredentials::json(user(&format!("http://{}/token", issuer.address()))));
+    let start = Instant::now();
+    let error = wrapper.wrap_key(&payload(), &context(Duration::from_millis(500))).unwrap_err();
+    assert_eq!(error.class, KmsClass::Unreachable);
+    assert!(error.to_string().contains("no access token from the credentials JSON"), "{error}");
+    assert!(start.elapsed() < Duration::from_secs(3), "{:?}", start.elapsed());
+    wrap(&wrapper).unwrap();
+}
+
+#[test]
+fn calls_that_come_together_share_one_token() {
+    let fake = Fake::start();
+    fake.cloud.accept_for_exchange("REFRESH-TOKEN");
+    let (wrapper, _front) = with_issuer(&fake);
+    std::thread::scope(|scope| {
+        let calls: Vec<_> = (0..20).map(|_| scope.spawn(|| wrap(&wrapper).map(drop))).collect();
+        calls.into_iter().for_each(|call| call.join().unwrap().unwrap());
+    });
+    let seen = fake.cloud.take_seen();
+    assert_eq!(seen.iter().filter(|(target, _)| target == "/token").count(), 1);
+    assert_eq!(seen.len(), 21);
 }
 
 #[test]
@@ -548,15 +586,21 @@ fn workload_identity_federation_exchanges_the_token_in_a_file() {
     assert!(error.to_string().contains("No such file"), "{error}");
 }
 
-/// Runs `in_a_child` in a process whose environment is only this, and returns what it said.
-fn child(environment: &[(&str, &str)]) -> String {
+/// Runs one test in a process whose environment is only this, and returns what it said on both channels.
+fn run_alone(test: &str, environment: &[(&str, &str)]) -> (String, String) {
     let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args(["--exact", "in_a_child", "--nocapture"]).env_clear();
-    command.env("HOME", "/nonexistent").env("PAGESEAL_GCP_CHILD", "1").env("PAGESEAL_GCP_KEY", KEY);
+    command.args(["--exact", test, "--nocapture"]).env_clear();
+    command.env("HOME", "/nonexistent").env("PAGESEAL_GCP_KEY", KEY);
     let output = command.envs(environment.iter().copied()).output().unwrap();
-    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (text(&output.stdout), text(&output.stderr))
+}
+
+/// What `in_a_child` says in such a process.
+fn child(environment: &[(&str, &str)]) -> String {
+    let (said, errors) = run_alone("in_a_child", &[environment, &[("PAGESEAL_GCP_CHILD", "1")]].concat());
     let outcome = said.lines().find_map(|line| line.split_once("OUTCOME ")).map(|(_, outcome)| outcome.to_owned());
-    outcome.unwrap_or_else(|| panic!("{said}\n{}", String::from_utf8_lossy(&output.stderr)))
+    outcome.unwrap_or_else(|| panic!("{said}\n{errors}"))
 }
 
 #[test]
@@ -616,6 +660,12 @@ fn the_environment_decides_where_tokens_come_from() {
     assert!(!outcome.contains("SECRET"), "{outcome}");
     let outcome = with_file(Path::new("/nonexistent/key.json"));
     assert!(outcome.contains("/nonexistent/key.json") && outcome.contains("cannot be read"), "{outcome}");
+}
+
+#[test]
+fn the_sdks_log_which_shows_keys_is_refused() {
+    let outcome = child(&[("PAGESEAL_GCP_ENDPOINT", "http://127.0.0.1:1"), ("GOOGLE_CLOUD_RUST_LOGGING", "true")]);
+    assert!(outcome.starts_with("not made: Misconfigured: GOOGLE_CLOUD_RUST_LOGGING is true"), "{outcome}");
 }
 
 #[test]
