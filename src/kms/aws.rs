@@ -32,9 +32,10 @@ use key::{KeyArn, KeyName, is_region};
 use transport::{Guarded, Watch, Watched, endpoint_is_sound, https_client};
 
 const PROVIDER: &str = "aws-kms";
-/// What AWS takes, and what a keystore stores.
+/// What a keystore stores; of AWS's ciphertexts, which have about 300 bytes, it is less than AWS takes (6,144).
 const LONGEST_BLOB: usize = 4096;
-const LONGEST_VERSION: usize = 255;
+/// The first byte of every blob.
+const BLOB_FORMAT: u8 = 1;
 /// How much earlier than its deadline a call ends by itself, to say what it was waiting for.
 const MARGIN: Duration = Duration::from_millis(10);
 /// The SDK's own limit for loading credentials, beyond any deadline: ours ends the call.
@@ -69,7 +70,8 @@ fn behavior() -> BehaviorVersion {
 ///
 /// [`KeyWrapper::id`] is `aws-kms:` and the key id, whether it was named by id or by ARN, so the two can be exchanged, and a
 /// replica of a multi-region key opens what was wrapped in another region. Of an alias it is the alias, as it was written.
-/// The key version is the ARN of the key that wrapped: AWS shows no versions. **An alias is a name that can be pointed
+/// AWS names no versions of a key's material, so the key version is empty, and a rewrap wraps every key anew. The ARN of the
+/// key that wrapped is kept in the blob (`0x01 | length of the ARN u8 | ARN | ciphertext of AWS KMS`). **An alias is a name that can be pointed
 /// elsewhere**: new keys are then wrapped by the new key and old ones unwrapped by the old one, which so stays needed until
 /// a rewrap, and its state counts as the master key's. Prefer the ARN.
 ///
@@ -425,8 +427,7 @@ impl AsyncKeyWrapper for Service {
     /// by their own wrapper in any case, to hear its verdict, and this wrapper's credentials may have no right to them.
     fn can_rewrap(&self, key: &WrappedKey) -> bool {
         key.master_key == self.id()
-            || (key.master_key.provider == PROVIDER
-                && KeyArn::parse(&key.key_version).is_some_and(|arn| self.key.is(&arn)))
+            || (key.master_key.provider == PROVIDER && recorded(key).is_ok_and(|(arn, _)| self.key.is(&arn)))
     }
 }
 
@@ -443,10 +444,10 @@ impl Service {
     }
 
     async fn unwrap(&self, key: &WrappedKey, cx: &WrapContext<'_>) -> Result<KeyPayload, KmsError> {
-        let recorded = recorded_key(key)?;
+        let (recorded, ciphertext) = recorded(key)?;
         let connected = self.connected().await?;
         let named = self.key.that_unwraps(&recorded, &connected.region).map_err(bad)?;
-        let call = connected.client.decrypt().key_id(&named).ciphertext_blob(Blob::new(key.blob.as_slice()));
+        let call = connected.client.decrypt().key_id(&named).ciphertext_blob(Blob::new(ciphertext));
         let answer = match call.set_encryption_context(Some(encryption_context(cx))).send().await {
             Ok(answer) => answer,
             Err(error) => {
@@ -461,7 +462,7 @@ impl Service {
         let mut plaintext =
             zeroize::Zeroizing::new(WipedVec(answer.plaintext.map(Blob::into_inner).unwrap_or_default()));
         if let Some(by) =
-            answer.key_id.as_deref().filter(|by| KeyArn::parse(by).is_none_or(|by| by.id() != recorded.id()))
+            answer.key_id.as_deref().filter(|by| KeyArn::parse(by).is_none_or(|by| !by.is_or_replicates(&recorded)))
         {
             let by = failure::quoted(by, 100);
             return Err(bad(format!("AWS KMS decrypted it under {by:?}, and it was wrapped by {recorded}")));
@@ -474,14 +475,14 @@ impl Service {
     }
 
     async fn rewrap(&self, key: &WrappedKey, cx: &WrapContext<'_>) -> Result<WrappedKey, KmsError> {
-        let recorded = recorded_key(key)?;
+        let (recorded, ciphertext) = recorded(key)?;
         let connected = self.connected().await?;
         let named = self.key.that_unwraps(&recorded, &connected.region).map_err(bad)?;
         let context = encryption_context(cx);
         let call = connected.client.re_encrypt().source_key_id(&named).destination_key_id(self.key.text());
         let call = call.set_source_encryption_context(Some(context.clone()));
         let call = call.set_destination_encryption_context(Some(context));
-        match call.ciphertext_blob(Blob::new(key.blob.as_slice())).send().await {
+        match call.ciphertext_blob(Blob::new(ciphertext)).send().await {
             Ok(answer) => self.wrapped("ReEncrypt", answer.key_id, answer.ciphertext_blob, &connected),
             Err(error) => {
                 let failure = Failure::of("ReEncrypt", &error, self.watch.has_loaded());
@@ -504,7 +505,7 @@ impl Service {
         connected: &Connected,
     ) -> Result<WrappedKey, KmsError> {
         let senseless = |what: String| KmsError::with_source(KmsClass::Unclassified, format!("{call}: {what}"));
-        let arn = key_id.as_deref().and_then(KeyArn::parse).filter(|arn| arn.to_string().len() <= LONGEST_VERSION);
+        let arn = key_id.as_deref().and_then(KeyArn::parse);
         let Some(arn) = arn else {
             let named = failure::quoted(key_id.as_deref().unwrap_or_default(), 100);
             return Err(senseless(format!("AWS KMS named the key that it used {named:?}, which is no ARN of a key")));
@@ -512,11 +513,11 @@ impl Service {
         if !self.key.may_be(&arn, &connected.region) {
             return Err(senseless(format!("AWS KMS used {arn}, and was asked for {}", self.key.text())));
         }
-        let blob = blob.map(Blob::into_inner).unwrap_or_default();
-        if !(1..=LONGEST_BLOB).contains(&blob.len()) {
-            return Err(senseless(format!("AWS KMS returned a ciphertext of {} bytes", blob.len())));
+        let ciphertext = blob.map(Blob::into_inner).unwrap_or_default();
+        match framed(&arn, &ciphertext) {
+            Some(blob) => Ok(WrappedKey { master_key: self.id(), key_version: String::new(), blob }),
+            None => Err(senseless(format!("AWS KMS returned a ciphertext of {} bytes", ciphertext.len()))),
         }
-        Ok(WrappedKey { master_key: self.id(), key_version: arn.to_string(), blob })
     }
 
     /// Judges a failed call, and asks for the key's state where the answer depends on it.
@@ -729,15 +730,29 @@ fn bad(text: String) -> KmsError {
     KmsError::with_source(KmsClass::BadCiphertext, text)
 }
 
-/// The ARN of the key that wrapped it, checked before it is sent anywhere.
-fn recorded_key(key: &WrappedKey) -> Result<KeyArn, KmsError> {
-    if !(1..=LONGEST_BLOB).contains(&key.blob.len()) {
-        return Err(bad(format!("the blob has {} bytes", key.blob.len())));
+/// A blob: see [`AwsKms`]. `None` if it does not fit.
+fn framed(arn: &KeyArn, ciphertext: &[u8]) -> Option<Vec<u8>> {
+    let arn = arn.to_string();
+    let blob = [&[BLOB_FORMAT, u8::try_from(arn.len()).ok()?], arn.as_bytes(), ciphertext].concat();
+    (!ciphertext.is_empty() && blob.len() <= LONGEST_BLOB).then_some(blob)
+}
+
+/// The ARN of the key that wrapped it, checked before it is sent anywhere, and AWS's ciphertext.
+fn recorded(key: &WrappedKey) -> Result<(KeyArn, &[u8]), KmsError> {
+    if !key.key_version.is_empty() {
+        return Err(bad("the record names a version of the key, and AWS KMS names none".into()));
     }
-    KeyArn::parse(&key.key_version).ok_or_else(|| {
-        let version = failure::quoted(&key.key_version, LONGEST_VERSION);
-        bad(format!("the recorded key {version:?} is no ARN of a KMS key"))
-    })
+    let parts = match key.blob.as_slice() {
+        [BLOB_FORMAT, length, rest @ ..] if key.blob.len() <= LONGEST_BLOB => {
+            rest.split_at_checked(usize::from(*length))
+        }
+        _ => None,
+    };
+    let arn = parts.and_then(|(arn, _)| KeyArn::parse(std::str::from_utf8(arn).ok()?));
+    match (arn, parts) {
+        (Some(arn), Some((_, ciphertext @ [_, ..]))) => Ok((arn, ciphertext)),
+        _ => Err(bad(format!("its {} bytes are not those of a key wrapped by AWS KMS", key.blob.len()))),
+    }
 }
 
 /// What a key is bound to, as AWS KMS takes it: part of the format, see [`AwsKms`].

@@ -155,7 +155,9 @@ impl Answer {
         let mut text = match &self.code {
             Some(code) if self.message.is_empty() => quoted(code, QUOTED),
             Some(code) => format!("{}: {}", quoted(code, QUOTED), quoted(&self.message, QUOTED)),
-            None if self.unreadable => format!("HTTP {}, with an answer that cannot be read", self.status),
+            None if self.unreadable || self.status < 300 => {
+                format!("HTTP {}, with an answer that cannot be read", self.status)
+            }
             None => format!("HTTP {}, without an error code of AWS", self.status),
         };
         if let Some(advice) = advice {

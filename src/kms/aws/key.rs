@@ -164,6 +164,11 @@ impl KeyArn {
         &self.id
     }
 
+    /// Whether it is the same key as `other`, or the same multi-region key in another region.
+    pub(super) fn is_or_replicates(&self, other: &Self) -> bool {
+        *self == other.in_region(&self.place.region)
+    }
+
     fn is_multi_region(&self) -> bool {
         self.id.starts_with("mrk-")
     }

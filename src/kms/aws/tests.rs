@@ -35,6 +35,33 @@ fn golden_encryption_context() {
     assert_eq!(shown(Purpose::Probe, None), format!("{cluster} {rest} pageseal:purpose=probe pageseal:version=1"));
 }
 
+#[test]
+fn golden_blob() {
+    let arn = KeyArn::parse(ARN).unwrap();
+    let blob = framed(&arn, b"ciphertext").unwrap();
+    assert_eq!(blob, [b"\x01\x4b", ARN.as_bytes(), b"ciphertext"].concat());
+    let key = |blob: &[u8]| WrappedKey {
+        master_key: MasterKeyId::new(PROVIDER, "x"),
+        key_version: String::new(),
+        blob: blob.to_vec(),
+    };
+    assert_eq!(recorded(&key(&blob)).unwrap(), (arn.clone(), &b"ciphertext"[..]));
+    // Cut anywhere but in the ciphertext, with a longer or shorter name, of another format, or with a version.
+    for len in 0..blob.len() - b"ciphertext".len() + 1 {
+        assert_eq!(recorded(&key(&blob[..len])).unwrap_err().class, KmsClass::BadCiphertext, "{len}");
+    }
+    for (at, value) in [(0, 0), (0, 2), (1, 0), (1, 0x4a), (1, 0x4c), (1, 255)] {
+        let mut other = blob.clone();
+        other[at] = value;
+        assert_eq!(recorded(&key(&other)).unwrap_err().class, KmsClass::BadCiphertext, "{at} {value}");
+    }
+    let versioned = WrappedKey { key_version: "1".into(), ..key(&blob) };
+    assert_eq!(recorded(&versioned).unwrap_err().class, KmsClass::BadCiphertext);
+    let overhead = 2 + ARN.len();
+    assert_eq!(framed(&arn, &vec![0; LONGEST_BLOB - overhead]).map(|blob| blob.len()), Some(LONGEST_BLOB));
+    assert!(framed(&arn, &vec![0; LONGEST_BLOB - overhead + 1]).is_none() && framed(&arn, b"").is_none());
+}
+
 fn refusal(outcome: Result<AwsKms>) -> String {
     let error = outcome.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Misconfigured);
@@ -122,10 +149,10 @@ fn credentials_that_cannot_be_ones_replace_nothing() {
 
 #[test]
 fn a_wrapper_rewraps_what_its_own_key_wrapped_under_any_name() {
-    let key = |master_key: &str, version: &str| WrappedKey {
+    let key = |master_key: &str, arn: &str| WrappedKey {
         master_key: MasterKeyId::new(PROVIDER, master_key),
-        key_version: version.into(),
-        blob: vec![1],
+        key_version: String::new(),
+        blob: KeyArn::parse(arn).and_then(|arn| framed(&arn, b"x")).unwrap_or_default(),
     };
     let by_id = AwsKms::builder("1234abcd-12ab-34cd-56ef-1234567890ab").build().unwrap();
     let by_alias = AwsKms::builder("alias/x").build().unwrap();
