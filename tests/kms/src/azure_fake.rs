@@ -75,6 +75,8 @@ pub struct World {
     tokens: BTreeSet<String>,
     /// Said by the vault instead of anything else, once a request has a good token.
     pub vault_says: Option<Answer>,
+    /// The same for requests that begin so, such as `GET /keys/`.
+    pub says: Vec<(&'static str, Answer)>,
     /// Said by the token endpoint instead of anything else.
     pub token_says: Option<Answer>,
     /// The resource that challenges name.
@@ -113,6 +115,7 @@ impl FakeKeyVault {
             assertion: ASSERTION.into(),
             tokens: BTreeSet::new(),
             vault_says: None,
+            says: Vec::new(),
             token_says: None,
             resource: "https://vault.azure.net".into(),
             token_life: 3599,
@@ -296,6 +299,10 @@ impl World {
             return Answer::json("401 Unauthorized", said).header("WWW-Authenticate", &challenge);
         }
         if let Some(answer) = &self.vault_says {
+            return answer.clone();
+        }
+        let line = format!("{} {path}", request.method);
+        if let Some((_, answer)) = self.says.iter().find(|(begin, _)| line.starts_with(begin)) {
             return answer.clone();
         }
         let segments: Vec<_> = path.split('/').collect();
