@@ -375,7 +375,7 @@ fn judge_source_text(text: &str) -> KmsClass {
         "InvalidGrant",
     ];
     let says = |what: &&str| text.contains(*what);
-    if DENIED.iter().any(|code| says(code)) {
+    if DENIED.iter().any(says) {
         KmsClass::Denied
     } else if says(&"Throttl") {
         KmsClass::Throttled

@@ -95,9 +95,14 @@ impl HttpConnector for GuardedConnector {
                 format!("the endpoint (AWS_ENDPOINT_URL_KMS, AWS_ENDPOINT_URL or the profile's endpoint_url) {why}");
             return HttpConnectorFuture::ready(Err(ConnectorError::user(text.into())));
         }
-        let answer = self.inner.call(request);
+        let (inner, again) = (self.inner.clone(), request.try_clone());
         HttpConnectorFuture::new(async move {
-            let mut answer = answer.await?;
+            let mut answer = match (inner.call(request).await, again) {
+                // A kept connection that the service had just closed, which is no outage. Our calls change nothing there, so
+                // the request may be sent twice.
+                (Err(error), Some(again)) if error.as_other().is_some() => inner.call(again).await?,
+                (outcome, _) => outcome?,
+            };
             let body = bounded(answer.take_body()).await?;
             *answer.body_mut() = SdkBody::from(body);
             Ok(answer)
