@@ -650,3 +650,76 @@ impl fmt::Debug for AzureKeyVaultBuilder {
         f.debug_struct("AzureKeyVaultBuilder").field("key", &self.key).finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use super::*;
+    use crate::error::ErrorKind;
+
+    fn built(variables: &[(&str, &str)]) -> Result<AzureKeyVault> {
+        let variables: HashMap<_, _> = variables.iter().copied().collect();
+        AzureKeyVaultBuilder::from_variables(|name| variables.get(name).map(OsString::from))?
+            .credential(AzureCredential::client_secret("t", "c", "s"))
+            .build()
+    }
+
+    const VAULT: (&str, &str) = ("PAGESEAL_AZURE_VAULT_URL", "https://Contoso.vault.azure.net/");
+    const KEY: (&str, &str) = ("PAGESEAL_AZURE_KEY", "pageseal");
+
+    #[test]
+    fn the_id_is_the_keys_url_without_a_version() {
+        let key = built(&[VAULT, KEY, ("PAGESEAL_AZURE_KEY_VERSION", "0123456789abcdef")]).unwrap();
+        assert_eq!(key.id().to_string(), "azure-key-vault:https://contoso.vault.azure.net/keys/pageseal");
+        assert!(key.wrapping_is_public());
+        let key = built(&[VAULT, KEY, ("PAGESEAL_AZURE_ALGORITHM", "A256KW")]).unwrap();
+        assert!(!key.wrapping_is_public());
+    }
+
+    #[test]
+    fn a_wrong_or_missing_variable_is_told_by_its_name_with_an_example() {
+        let cases: &[(&str, &[(&str, &str)])] = &[
+            ("PAGESEAL_AZURE_VAULT_URL=https://", &[KEY]),
+            ("PAGESEAL_AZURE_KEY=pageseal", &[VAULT]),
+            ("PAGESEAL_AZURE_KEY=pageseal", &[VAULT, ("PAGESEAL_AZURE_KEY", "")]),
+            ("for example https://contoso.vault.azure.net", &[("PAGESEAL_AZURE_VAULT_URL", "contoso"), KEY]),
+            ("must begin with https://", &[("PAGESEAL_AZURE_VAULT_URL", "http://contoso.vault.azure.net"), KEY]),
+            ("PAGESEAL_AZURE_KEY_VERSION", &[("PAGESEAL_AZURE_VAULT_URL", "https://c.vault.azure.net/keys/k/v"), KEY]),
+            ("neither user nor query", &[("PAGESEAL_AZURE_VAULT_URL", "https://u:hush@c.vault.azure.net"), KEY]),
+            ("for example pageseal", &[VAULT, ("PAGESEAL_AZURE_KEY", "https://c.vault.azure.net/keys/k")]),
+            ("1 to 64 letters", &[VAULT, KEY, ("PAGESEAL_AZURE_KEY_VERSION", "../x")]),
+            ("RSA-OAEP-256", &[VAULT, KEY, ("PAGESEAL_AZURE_ALGORITHM", "RSA-OAEP")]),
+            ("0 or 1", &[VAULT, KEY, ("PAGESEAL_AZURE_ANY_CHALLENGE", "true")]),
+            ("one of Azure's own names", &[VAULT, KEY, ("PAGESEAL_AZURE_ANY_CHALLENGE", "1")]),
+            ("/nonexistent", &[VAULT, KEY, ("PAGESEAL_AZURE_CA_FILE", "/nonexistent")]),
+            ("AZURE_AUTHORITY_HOST", &[VAULT, KEY, ("AZURE_AUTHORITY_HOST", "login.microsoftonline.us")]),
+        ];
+        for (expected, variables) in cases {
+            let error = built(variables).err().unwrap();
+            assert_eq!(error.kind(), ErrorKind::Misconfigured, "{error}");
+            assert!(error.to_string().contains(expected), "{expected}: {error}");
+            assert!(!error.to_string().contains("hush"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_wrong_credential_is_told_when_it_is_given() {
+        let with = |credential| AzureKeyVault::builder(VAULT.1, KEY.1).credential(credential).build();
+        for credential in [
+            AzureCredential::client_secret("no tenant!", "c", "s"),
+            AzureCredential::client_secret("t", "", "s"),
+            AzureCredential::client_secret("t", "c", ""),
+            AzureCredential::workload_identity("", "c", "/file"),
+        ] {
+            assert_eq!(with(credential).err().map(|error| error.kind()), Some(ErrorKind::Misconfigured));
+        }
+    }
+
+    #[test]
+    fn lengths_are_those_of_the_algorithm() {
+        let makes = |algorithm: AzureAlgorithm| (0..1000).filter(|len| algorithm.makes(*len)).collect::<Vec<_>>();
+        assert_eq!(makes(AzureAlgorithm::RsaOaep256), [256, 384, 512]);
+        assert_eq!(makes(AzureAlgorithm::A256Kw), [136]);
+    }
+}

@@ -289,3 +289,132 @@ fn retry_after(headers: &Headers) -> Option<Duration> {
     let millis = number("retry-after-ms").or_else(|| number("x-ms-retry-after-ms")).map(Duration::from_millis);
     millis.or_else(|| number("retry-after").map(Duration::from_secs))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn vault(operation: Operation, status: u16, body: &str) -> (KmsClass, Detail) {
+        let refusal = vault_refusal(operation, status, &Headers::new(), body.as_bytes());
+        (refusal.error.class, refusal.detail)
+    }
+
+    fn forbidden(inner: &str) -> String {
+        format!(r#"{{"error":{{"code":"Forbidden","message":"m","innererror":{{"code":"{inner}"}}}}}}"#)
+    }
+
+    #[test]
+    fn a_refusal_is_read_out_of_key_vaults_json_only() {
+        use KmsClass::*;
+        for (inner, expected) in [
+            ("KeyDisabled", Disabled),
+            ("ForbiddenByRbac", Denied),
+            ("ForbiddenByPolicy", Denied),
+            ("AccessDenied", Denied),
+            ("KeyOperationForbidden", Denied),
+            ("SomethingNew", Denied),
+            ("ForbiddenByFirewall", Misconfigured),
+            ("ForbiddenByConnection", Misconfigured),
+        ] {
+            for operation in [Operation::Wrap, Operation::Unwrap, Operation::Get] {
+                assert_eq!(vault(operation, 403, &forbidden(inner)).0, expected, "{inner}");
+            }
+        }
+        let wrong = [
+            "",
+            "<html>",
+            "null",
+            "[]",
+            "{}",
+            r#"{"error":null}"#,
+            r#"{"error":"Forbidden"}"#,
+            r#"{"error":{"code":7}}"#,
+        ];
+        for body in wrong {
+            for status in [302, 400, 401, 403, 404, 407, 409, 410] {
+                assert_eq!(vault(Operation::Unwrap, status, body), (Unclassified, Detail::Other), "{status} {body}");
+            }
+            assert_eq!(vault(Operation::Unwrap, 429, body).0, Throttled);
+            for status in [408, 500, 502, 503, 504, 599] {
+                assert_eq!(vault(Operation::Unwrap, status, body).0, Unreachable);
+            }
+        }
+    }
+
+    #[test]
+    fn an_expired_key_is_no_revocation_when_it_is_to_wrap() {
+        for inner in ["KeyExpired", "KeyNotYetValid"] {
+            assert_eq!(vault(Operation::Wrap, 403, &forbidden(inner)).0, KmsClass::Misconfigured);
+            assert_eq!(vault(Operation::Unwrap, 403, &forbidden(inner)).0, KmsClass::Disabled);
+        }
+    }
+
+    #[test]
+    fn only_a_missing_key_is_deleted() {
+        let said = |code| format!(r#"{{"error":{{"code":"{code}","message":"m"}}}}"#);
+        assert_eq!(vault(Operation::Unwrap, 404, &said("KeyNotFound")), (KmsClass::Deleted, Detail::NotFound));
+        assert_eq!(vault(Operation::Unwrap, 404, &said("NotFound")), (KmsClass::Unclassified, Detail::Other));
+        assert_eq!(vault(Operation::Unwrap, 401, &said("Unauthorized")), (KmsClass::Denied, Detail::Unauthorized));
+    }
+
+    #[test]
+    fn a_401_without_json_counts_with_key_vaults_challenge_only() {
+        let mut headers = Headers::new();
+        headers.insert("www-authenticate", "Basic realm=proxy");
+        let class = |headers: &Headers| vault_refusal(Operation::Wrap, 401, headers, b"OK").error.class;
+        assert_eq!(class(&headers), KmsClass::Unclassified);
+        headers.insert("www-authenticate", r#"Bearer authorization="https://login/t", resource="https://vault""#);
+        assert_eq!(class(&headers), KmsClass::Denied);
+    }
+
+    #[test]
+    fn the_time_to_come_back_is_read_in_seconds_and_milliseconds() {
+        for (name, value, expected) in [
+            ("retry-after", "7", Some(Duration::from_secs(7))),
+            ("retry-after-ms", "250", Some(Duration::from_millis(250))),
+            ("x-ms-retry-after-ms", "250", Some(Duration::from_millis(250))),
+            ("retry-after", "Fri, 31 Dec 1999 23:59:59 GMT", None),
+            ("retry-after", "-1", None),
+            ("retry-after", "99999999999999999999999", None),
+        ] {
+            let mut headers = Headers::new();
+            headers.insert(name, value);
+            assert_eq!(retry_after(&headers), expected, "{name}: {value}");
+        }
+    }
+
+    #[test]
+    fn a_quoted_text_is_one_line_of_bounded_length_whatever_it_is() {
+        assert_eq!(bounded("a\r\n b\u{0}c  d\u{85}"), "a b c d");
+        let long = bounded(&"ä".repeat(1000));
+        assert_eq!(long.chars().count(), LONGEST_QUOTE + 1);
+        let error = vault_refusal(Operation::Unwrap, 502, &Headers::new(), &[0xff; 5000]).error.to_string();
+        assert!(error.len() < 2000, "{}", error.len());
+        // What is no refusal may hold a payload.
+        let error = vault_refusal(Operation::Unwrap, 201, &Headers::new(), b"payload").error.to_string();
+        assert!(!error.contains("payload"), "{error}");
+    }
+
+    #[test]
+    fn a_credentials_error_is_a_refusal_only_if_it_says_so() {
+        use KmsClass::*;
+        let inner = |kind| azure_core::Error::with_message(kind, "inner");
+        let outer = |error| azure_core::Error::with_error(AzureKind::Credential, error, "SomeCredential failed");
+        for (kind, expected) in [
+            (AzureKind::Credential, Denied),
+            (AzureKind::Connection, Unreachable),
+            (AzureKind::Io, Unreachable),
+            (AzureKind::DataConversion, Unclassified),
+            (AzureKind::Other, Unclassified),
+        ] {
+            assert_eq!(credential_failure(&outer(inner(kind.clone()))).class, expected, "{kind}");
+        }
+        let cli = |text: &'static str| azure_core::Error::with_message(AzureKind::Credential, text);
+        assert_eq!(credential_failure(&cli("AzureCliCredential: Please run 'az login'")).class, Denied);
+        assert_eq!(credential_failure(&cli("AzureCliCredential: az not found on PATH")).class, Misconfigured);
+        assert_eq!(credential_failure(&cli("AzureCliCredential: Traceback")).class, Unclassified);
+        let failure = Failure { retry_after: Some(Duration::from_secs(3)), ..Failure::new(Throttled, "t") };
+        let error = credential_failure(&outer(failure.into_azure()));
+        assert_eq!((error.class, error.retry_after), (Throttled, Some(Duration::from_secs(3))));
+    }
+}

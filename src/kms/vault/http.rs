@@ -283,9 +283,8 @@ fn certificates_of(file: &Path) -> Result<Vec<Certificate<'static>>> {
     read.map_err(|error| refused(format!("with the certificate authorities cannot be read: {error}")))?;
     let mut found = Vec::new();
     for item in ureq::tls::parse_pem(&pem) {
-        match item.map_err(|error| refused(format!("is no PEM file: {error}")))? {
-            PemItem::Certificate(certificate) => found.push(certificate),
-            _ => {}
+        if let PemItem::Certificate(certificate) = item.map_err(|error| refused(format!("is no PEM file: {error}")))? {
+            found.push(certificate);
         }
     }
     if found.is_empty() {
