@@ -119,6 +119,8 @@ pub use kms::asynchronous::{AsyncKeyWrapper, FromAsync};
 pub use kms::local::LocalKeyFile;
 #[cfg(any(test, feature = "test-util"))]
 pub use kms::scripted::ScriptedWrapper;
+#[cfg(feature = "vault")]
+pub use kms::vault::{VaultAuth, VaultTransit, VaultTransitBuilder};
 pub use page::batch::PageJob;
 pub use page::cipher::PageCipher;
 pub use page::pool::{Inline, Pool};
