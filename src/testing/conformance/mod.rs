@@ -49,7 +49,8 @@ pub use copies::{Copies, copies_left};
 pub use front::{Front, Passage, http_answer};
 
 use crate::keys::wrapper::{KeyWrapper, WrapContext};
-use trial::{Binding, Stop, Trial};
+use crate::secret::KeyPayload;
+use trial::{Binding, Sample, Stop, Trial};
 
 /// A master key at a key service, and the means to change its fate.
 pub trait KeyService: Send + Sync {
@@ -355,6 +356,11 @@ pub fn try_one(service: &dyn KeyService, behaviour: Behaviour) -> Outcome {
 /// A context for a data key, with this time left: for tests that call a wrapper themselves.
 pub fn context(timeout: Duration) -> WrapContext<'static> {
     Binding::DATA.context(timeout)
+}
+
+/// A payload as pageseal makes them, for a key of [`context`], with random keys in it.
+pub fn payload() -> KeyPayload {
+    Sample::new(&Binding::DATA).into_payload()
 }
 
 fn judged(service: &dyn KeyService, behaviour: Behaviour, quirks: &[(Behaviour, &str)]) -> Outcome {

@@ -7,9 +7,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pageseal::testing::conformance::{
-    Behaviour, Cannot, Fault, Front, KeyService, Outcome, Passage, Report, Step, http_answer,
-};
+use pageseal::testing::conformance::{Behaviour, Cannot, Fault, Front, KeyService, Passage, Step, http_answer};
 use pageseal::{AwsCredentials, AwsKms, AwsKmsBuilder, KeyWrapper};
 use serde_json::{Value, json};
 
@@ -41,13 +39,6 @@ pub fn ministack() -> Result<Box<dyn KeyService>, String> {
 /// Why it cannot run here.
 pub fn moto() -> Result<Box<dyn KeyService>, String> {
     Ok(Box::new(Emulator::moto()?))
-}
-
-/// How many rows passed on one emulator at least, and how many on none.
-pub fn union(reports: &[Report]) -> (usize, usize) {
-    let shown = |behaviour: &Behaviour| reports.iter().any(|report| *report.outcome(*behaviour) == Outcome::Passed);
-    let passed = Behaviour::ALL.iter().filter(|behaviour| shown(behaviour)).count();
-    (passed, Behaviour::ALL.len() - passed)
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]

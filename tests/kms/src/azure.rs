@@ -6,16 +6,11 @@ pub mod fake;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use pageseal::testing::conformance::{Behaviour, Cannot, Fault, Front, KeyService, Passage, Step};
+use pageseal::testing::conformance::{Cannot, Fault, Front, KeyService, Passage, Step};
 use pageseal::{AzureAlgorithm, AzureCredential, AzureKeyVault, AzureKeyVaultBuilder, KeyWrapper};
 
 use crate::http::Answer;
 use fake::{CLIENT, FakeKeyVault, KEY, Kind, OTHER_KEY, SECRET, TENANT};
-
-/// What the fake of Key Vault does otherwise than a row wants.
-pub const FAKE_QUIRKS: &[(Behaviour, &str)] = &[];
-/// What the fake of Managed HSM does otherwise than a row wants.
-pub const FAKE_MANAGED_HSM_QUIRKS: &[(Behaviour, &str)] = &[];
 
 /// A fake of Key Vault, with RSA keys.
 ///

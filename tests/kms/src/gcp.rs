@@ -3,13 +3,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use pageseal::testing::conformance::{Behaviour, Cannot, Fault, Front, KeyService, Passage, Step, http_answer};
+use pageseal::testing::conformance::{Cannot, Fault, Front, KeyService, Passage, Step, http_answer};
 use pageseal::{GoogleCredentials, GoogleKms, KeyWrapper};
 
 use crate::gcp_fake::{FakeCloudKms, GOOD_TOKEN, KEY, OTHER_KEY, VersionState, body};
-
-/// What the fake does otherwise than the suite expects: nothing.
-pub const FAKE_QUIRKS: &[(Behaviour, &str)] = &[];
 
 /// [`FakeCloudKms`] behind a [`Front`].
 ///

@@ -3,94 +3,21 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::Command;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::mpsc::channel;
-use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
-use pageseal::testing::conformance::{Front, Passage, Report, run};
-use pageseal::{
-    AwsKms, Cluster, ClusterOptions, KeyPayload, KeyWrapper, KmsClass, KmsError, MasterKeyId, WrapContext, WrappedKey,
-    Wrappers,
-};
+use pageseal::testing::conformance::{Front, Passage, context, payload};
+use pageseal::{AwsKms, Cluster, ClusterOptions, KeyPayload, KeyWrapper, KmsClass, WrapContext, WrappedKey, Wrappers};
 use pageseal_kms_tests::aws::fake::{ARN, FakeKms, KEY, ok, refusal};
-use pageseal_kms_tests::aws::{Emulator, MINISTACK_QUIRKS, MOTO_QUIRKS, OTHER_REGION, REGION, ministack, moto, union};
+use pageseal_kms_tests::aws::{Emulator, OTHER_REGION, REGION};
 use pageseal_kms_tests::http::{Answer, HttpServer};
 use pageseal_kms_tests::server::free_port;
 use serde_json::json;
 
-fn score(server: &str, report: &Report) {
-    let (behaviours, passed, skipped) = (report.rows().len(), report.passed(), report.skipped());
-    println!("{report}");
-    println!(
-        "SCORE kms provider=aws server={server} real=fake behaviours={behaviours} passed={passed} skipped={skipped}"
-    );
-}
-
-/// Both emulators are run once.
-fn report(server: &str) -> &'static Report {
-    static MOTO: OnceLock<Report> = OnceLock::new();
-    static MINISTACK: OnceLock<Report> = OnceLock::new();
-    match server {
-        "moto" => MOTO.get_or_init(|| run(&*moto().unwrap(), MOTO_QUIRKS)),
-        _ => MINISTACK.get_or_init(|| run(&*ministack().unwrap(), MINISTACK_QUIRKS)),
-    }
-}
-
-#[test]
-fn conformance_on_moto() {
-    score("moto", report("moto"));
-    report("moto").assert_passed();
-}
-
-#[test]
-fn conformance_on_ministack() {
-    score("ministack", report("ministack"));
-    report("ministack").assert_passed();
-}
-
-#[test]
-fn every_row_is_shown_by_one_emulator_at_least() {
-    let (passed, skipped) = union(&[report("moto").clone(), report("ministack").clone()]);
-    println!(
-        "SCORE kms provider=aws server=union real=fake behaviours={} passed={passed} skipped={skipped}",
-        passed + skipped
-    );
-    assert_eq!(skipped, 0);
-}
-
-/// Calls `f` as pageseal calls a wrapper: with a payload, and a context whose deadline is in `timeout`.
-fn on_call<T: Send + 'static>(
-    timeout: Duration,
-    f: impl FnOnce(&KeyPayload, &WrapContext<'_>) -> T + Send + 'static,
-) -> T {
-    type Call = dyn FnOnce(&KeyPayload, &WrapContext<'_>) + Send;
-    struct Lend(Mutex<Option<Box<Call>>>);
-    impl KeyWrapper for Lend {
-        fn id(&self) -> MasterKeyId {
-            MasterKeyId::new("test", "lend")
-        }
-        fn wrap_key(&self, key: &KeyPayload, cx: &WrapContext<'_>) -> Result<WrappedKey, KmsError> {
-            if let Some(call) = self.0.lock().unwrap().take() {
-                call(key, cx);
-            }
-            Err(KmsError::new(KmsClass::Unclassified))
-        }
-        fn unwrap_key(&self, _: &WrappedKey, _: &WrapContext<'_>) -> Result<KeyPayload, KmsError> {
-            Err(KmsError::new(KmsClass::Unclassified))
-        }
-    }
-    let (sender, receiver) = channel();
-    let call = Box::new(move |key: &KeyPayload, cx: &WrapContext<'_>| {
-        let mut cx = *cx;
-        cx.deadline = Instant::now() + timeout;
-        let _ = sender.send(f(key, &cx));
-    });
-    let place = Directory::new();
-    let options = ClusterOptions::new().kms_timeout(timeout + Duration::from_secs(60));
-    let outcome = Cluster::create(&place.0.join("cluster"), options, Wrappers::one(Lend(Mutex::new(Some(call)))));
-    assert!(outcome.is_err());
-    receiver.recv().expect("the call did not panic")
+/// Calls `f` with a payload, and a context whose deadline is in `timeout`.
+fn on_call<T>(timeout: Duration, f: impl FnOnce(&KeyPayload, &WrapContext<'_>) -> T) -> T {
+    f(&payload(), &context(timeout))
 }
 
 /// A blob as the adapter makes them.

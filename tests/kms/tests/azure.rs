@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use pageseal::testing::conformance::{Behaviour, Front, KeyService, Passage, run};
+use pageseal::testing::conformance::{Front, Passage};
 use pageseal::{
     AzureCredential, AzureKeyVault, Cluster, ClusterOptions, ErrorKind, Generation, KeyPayload, KeyWrapper, KmsClass,
     KmsError, MasterKeyId, WrapContext, WrappedKey, Wrappers,
@@ -16,33 +16,12 @@ use pageseal::{
 use pageseal_kms_tests::azure::fake::{ASSERTION, CLIENT, FakeKeyVault, KEY, Kind, SECRET, TENANT};
 use pageseal_kms_tests::azure::{self, FakeService, good_credential};
 use pageseal_kms_tests::http::{Answer, HttpServer};
-
-fn conformance(server: &str, real: &str, service: &dyn KeyService, quirks: &[(Behaviour, &str)]) {
-    let report = run(service, quirks);
-    println!("{report}");
-    println!(
-        "SCORE kms provider=azure-key-vault server={server} real={real} behaviours={} passed={} skipped={}",
-        report.rows().len(),
-        report.passed(),
-        report.skipped()
-    );
-    report.assert_passed();
-}
-
-#[test]
-fn conformance_on_fake() {
-    conformance("fake", "fake", &*azure::fake().unwrap(), azure::FAKE_QUIRKS);
-}
-
-#[test]
-fn conformance_on_fake_managed_hsm() {
-    conformance("fake-managed-hsm", "fake", &*azure::fake_managed_hsm().unwrap(), azure::FAKE_MANAGED_HSM_QUIRKS);
-}
+use pageseal_kms_tests::table;
 
 #[test]
 fn live_vault_does_what_the_rows_say_that_need_no_change_of_its_keys() {
     match azure::live() {
-        Ok(service) => conformance("azure", "yes", &*service, &[]),
+        Ok(service) => table::hold("azure", "key-vault", "yes", &*service),
         Err(why) => println!("not run against a real vault: {why}"),
     }
 }

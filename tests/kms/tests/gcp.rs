@@ -12,37 +12,23 @@ use aws_lc_rs::rsa::{KeyPair, KeySize};
 use aws_lc_rs::signature::KeyPair as _;
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
-use pageseal::testing::conformance::{Behaviour, Front, KeyService, Passage, context, run};
+use pageseal::testing::conformance::{Front, Passage, context};
 use pageseal::{
     Cluster, ClusterOptions, ErrorKind, GoogleCredentials, GoogleKms, KeyPayload, KeyWrapper, KmsClass, KmsError,
     WrappedKey, Wrappers,
 };
-use pageseal_kms_tests::gcp::{FAKE_QUIRKS, Fake, fake, live, token};
+use pageseal_kms_tests::gcp::{Fake, live, token};
 use pageseal_kms_tests::gcp_fake::{BODIES, Corruption, FakeCloudKms, GOOD_TOKEN, KEY, OTHER_KEY, VersionState, body};
 use pageseal_kms_tests::http::{Answer, HttpServer, Request};
+use pageseal_kms_tests::table;
 use serde_json::json;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
-fn conformance(service: &dyn KeyService, server: &str, real: &str, quirks: &[(Behaviour, &str)]) {
-    let report = run(service, quirks);
-    let (rows, passed, skipped) = (report.rows().len(), report.passed(), report.skipped());
-    println!(
-        "SCORE kms provider=google-cloud-kms server={server} real={real} behaviours={rows} passed={passed} skipped={skipped}"
-    );
-    println!("{report}");
-    report.assert_passed();
-}
-
-#[test]
-fn conformance_on_fake() {
-    conformance(&*fake().unwrap(), "fake", "fake", FAKE_QUIRKS);
-}
-
 #[test]
 fn live_conformance_on_google() {
     match live() {
-        Ok(service) => conformance(&*service, "google", "yes", &[]),
+        Ok(service) => table::hold("gcp", "google", "yes", &*service),
         Err(why) => println!("not run against Google itself: {why}"),
     }
 }
