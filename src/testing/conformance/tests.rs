@@ -92,10 +92,12 @@ impl Model {
                 let error = KmsError::with_source(KmsClass::Throttled, "as the test says");
                 Err(if self.breaks(Behaviour::Throttled) { error } else { error.retry_after(after) })
             }
+            // At once: at the deadline it would be too late to do harm.
+            Fault::Hang if self.breaks(Behaviour::HangingIsAbandoned) => unreachable(true, KmsClass::Denied),
             Fault::Hang => {
                 let late = if self.breaks(Behaviour::BlackHole) { Duration::from_secs(5) } else { Duration::ZERO };
                 thread::sleep(cx.deadline.saturating_duration_since(Instant::now()) + late);
-                unreachable(self.breaks(Behaviour::HangingIsAbandoned), KmsClass::Denied)
+                unreachable(false, KmsClass::Denied)
             }
         }
     }
