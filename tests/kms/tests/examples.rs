@@ -20,7 +20,7 @@ fn aws() -> Result<(Running, Environment), String> {
     let (id, secret) = emulator.access_key();
     let environment = vec![
         ("PAGESEAL_AWS_KEY", emulator.key().to_owned()),
-        ("AWS_REGION", "us-east-1".to_owned()),
+        ("AWS_REGION", services::aws::REGION.to_owned()),
         ("AWS_ENDPOINT_URL", emulator.url()),
         ("AWS_ACCESS_KEY_ID", id.to_owned()),
         ("AWS_SECRET_ACCESS_KEY", secret.to_owned()),
