@@ -79,9 +79,7 @@ impl HttpServer {
 
     /// With TLS, for `localhost` and 127.0.0.1, under a new certificate that is also written to a file for clients to trust.
     pub fn tls(name: &str, handler: impl Fn(&Request) -> Answer + Send + Sync + 'static) -> Self {
-        let directory = std::env::temp_dir().join(format!("pageseal-kms-{}", std::process::id()));
-        std::fs::create_dir_all(&directory).expect("the temporary directory can be written");
-        let path = directory.join(format!("{name}-{}.pem", crate::server::free_port()));
+        let path = crate::server::scratch().join(format!("{name}-{}.pem", crate::server::free_port()));
         let names = vec!["localhost".to_owned(), "127.0.0.1".to_owned()];
         let made = rcgen::generate_simple_self_signed(names).expect("a certificate can be made");
         std::fs::write(&path, made.cert.pem()).expect("the temporary directory can be written");

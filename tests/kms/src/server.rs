@@ -36,8 +36,7 @@ impl Server {
     pub fn start(name: &str, command: impl Fn(u16) -> Command + Send + Sync + 'static) -> Self {
         // A port that was free a moment ago. Should another process take it meanwhile, the server says so and ends.
         let port = free_port();
-        let directory = std::env::temp_dir().join(format!("pageseal-kms-{}", std::process::id()));
-        fs::create_dir_all(&directory).expect("the temporary directory can be written");
+        let directory = scratch();
         let mut server = Self {
             child: None,
             command: Box::new(move || command(port)),
@@ -131,6 +130,29 @@ impl Drop for Server {
     fn drop(&mut self) {
         self.stop();
     }
+}
+
+/// The directory of this process for logs and certificates. Those of processes that are gone are removed, because nothing runs
+/// at the end of a test process.
+///
+/// # Panics
+/// If the temporary directory cannot be written.
+pub fn scratch() -> PathBuf {
+    static OWN: LazyLock<PathBuf> = LazyLock::new(|| {
+        const NAME: &str = "pageseal-kms-tests-";
+        let temporary = std::env::temp_dir();
+        for entry in fs::read_dir(&temporary).into_iter().flatten().flatten() {
+            let name = entry.file_name();
+            let process = name.to_str().and_then(|name| name.strip_prefix(NAME)?.parse::<u32>().ok());
+            if process.is_some_and(|process| !Path::new("/proc").join(process.to_string()).exists()) {
+                let _ = fs::remove_dir_all(entry.path());
+            }
+        }
+        let own = temporary.join(format!("{NAME}{}", std::process::id()));
+        fs::create_dir_all(&own).expect("the temporary directory can be written");
+        own
+    });
+    OWN.clone()
 }
 
 /// A port of 127.0.0.1 that nobody listens on.
