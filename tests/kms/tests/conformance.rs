@@ -44,6 +44,8 @@ fn every_key_service_keeps_every_promise_and_the_page_says_so() {
         figures(entry, entry.server, report.passed(), report.skipped(), *control);
     }
     union("aws", &columns);
+    // Every client was given its TLS provider; none installed one for the process.
+    assert!(rustls::crypto::CryptoProvider::get_default().is_none());
     for column in &columns {
         column.report.assert_passed();
         assert!(column.control, "{} on {}: nothing would be noticed", column.entry.provider, column.entry.server);
