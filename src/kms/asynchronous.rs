@@ -201,11 +201,15 @@ fn poll_until<F: Future>(deadline: Instant, future: F) -> Option<F::Output> {
         if let Poll::Ready(output) = future.as_mut().poll(&mut context) {
             return Some(output);
         }
-        // The flag, because a future that blocks may have used up the thread's own token.
-        while !signal.woken.swap(false, Ordering::Acquire) {
+        loop {
             let left = deadline.saturating_duration_since(Instant::now());
+            // Looked at after each poll, for a future that wakes itself for ever.
             if left.is_zero() {
                 return None;
+            }
+            // The flag, because a future that blocks may have used up the thread's own token.
+            if signal.woken.swap(false, Ordering::Acquire) {
+                break;
             }
             thread::park_timeout(left);
         }
@@ -361,6 +365,15 @@ mod tests {
             }
         }
         assert_eq!(poll_until(Instant::now() + LONG, Parks(false)), Some(()));
+    }
+
+    #[test]
+    fn a_future_that_wakes_itself_for_ever_ends_at_the_deadline() {
+        let restless = std::future::poll_fn(|cx| {
+            cx.waker().wake_by_ref();
+            Poll::<()>::Pending
+        });
+        assert_eq!(poll_until(Instant::now() + Duration::from_millis(30), restless), None);
     }
 
     #[test]
