@@ -14,6 +14,7 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use google_cloud_gax::client_builder;
 use google_cloud_gax::error::Error as CallError;
 use google_cloud_gax::options::RequestOptionsBuilder;
 use google_cloud_gax::retry_policy::NeverRetry;
@@ -54,7 +55,8 @@ const LONGEST_BLOB: usize = 4096;
 ///
 /// The official SDK does the calls, over HTTPS, with its own TLS (aws-lc) unless the process has installed another provider
 /// for rustls; nothing is installed here. The SDK's retries are off, and each call ends at its deadline. This type wipes its own
-/// copies of payloads; those that the SDK makes in sending and receiving are not wiped.
+/// copies of payloads; those that the SDK makes in sending and receiving are not wiped. Requests with keys follow no
+/// redirection. The SDK's requests for access tokens do, which cannot be changed from here; a service account's file needs none.
 ///
 /// Clones share credentials and connections. How each answer is classified, which rights are needed, and what is not tested
 /// says docs/kms/gcp.md.
@@ -234,6 +236,9 @@ impl GoogleKmsBuilder {
         let mut client = KeyManagementService::builder().with_retry_policy(NeverRetry);
         client = client.with_credentials(Lent(Arc::clone(&slot)));
         client = client.with_universe_domain(slot.universe());
+        // A redirection would carry a key to whatever host it names; a small answer could unpack to more than there is memory.
+        client = client_builder::internal::with_follow_redirects(client, false);
+        client = client_builder::internal::with_automatic_decompression(client, false);
         let default = format!("https://cloudkms.{}", slot.universe());
         let endpoint = self.endpoint.unwrap_or(default);
         let client = at_once(client.with_endpoint(&endpoint).build()).ok_or_else(|| {

@@ -57,15 +57,15 @@ impl Asked<'_> {
                 let said = status.map(|status| quoted(&status.message)).unwrap_or_default();
                 unreachable(format!("{} answered {code}{said}", self.endpoint))
             }
+            (Some(code @ 300..=399), _) => misconfigured(format!(
+                "{} sends requests elsewhere ({code}), not as Cloud KMS does; check the endpoint",
+                self.endpoint
+            )),
             (code, Some(status)) if status.code != Code::Unknown => self.refused(status, code, error),
             (Some(429), _) => throttled(format!("{} answered 429", self.endpoint), retry_after(error)),
             (Some(404), _) => {
                 misconfigured(format!("{} answered 404, not as Cloud KMS does; check the endpoint", self.endpoint))
             }
-            (Some(code @ 300..=399), _) => misconfigured(format!(
-                "{} sends requests elsewhere ({code}), not as Cloud KMS does; check the endpoint",
-                self.endpoint
-            )),
             (Some(code), _) => unclassified(format!("{} answered {code}, not as Cloud KMS does", self.endpoint)),
             (None, _) => self.not_answered(error),
         }

@@ -284,6 +284,30 @@ fn garbage_is_no_key_and_no_verdict() {
 }
 
 #[test]
+fn a_redirection_is_not_followed_and_what_it_says_is_no_verdict() {
+    let fake = Fake::start();
+    let wrapped = wrap(fake.google()).unwrap();
+    let elsewhere = FakeCloudKms::start();
+    for status in ["301 Moved Permanently", "302 Found", "303 See Other", "307 Temporary Redirect", "308 Moved"] {
+        for text in ["", body("permission_denied.json")] {
+            let url = elsewhere.url();
+            fake.cloud.answer_with(move |request| {
+                Some(Answer::json(status, text).header("Location", &format!("{url}{}", request.target)))
+            });
+            for error in [wrap(fake.google()).unwrap_err(), unwrap(fake.google(), &wrapped).unwrap_err()] {
+                assert_eq!(error.class, KmsClass::Misconfigured, "{status}: {error}");
+                assert!(error.to_string().contains("sends requests elsewhere"), "{status}: {error}");
+            }
+        }
+    }
+    assert_eq!(elsewhere.take_seen(), [], "nothing goes to another host, least of all a key");
+    // Nor is a small answer that unpacks to a huge one asked for.
+    for (_, headers) in fake.cloud.take_seen() {
+        assert!(!headers.iter().any(|(name, _)| name.eq_ignore_ascii_case("accept-encoding")), "{headers:?}");
+    }
+}
+
+#[test]
 fn a_rotation_changes_the_version_of_new_wrappings_and_rewrapping_follows_it() {
     let fake = Fake::start();
     let google = fake.google();
