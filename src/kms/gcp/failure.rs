@@ -9,6 +9,7 @@ use std::time::Duration;
 use google_cloud_auth::errors::CredentialsError;
 use google_cloud_gax::error::Error as CallError;
 use google_cloud_gax::error::rpc::{Code, Status, StatusDetails};
+use http::HeaderMap;
 use serde_json::Value;
 
 use super::name::KeyName;
@@ -200,7 +201,7 @@ impl Asked<'_> {
         let answer = Answer::of(error);
         let said = answer.said.as_deref().map(quoted).unwrap_or_default();
         match answer.status {
-            Some(status @ (401 | 403)) if answer.is_issuers => {
+            Some(status @ (401 | 403)) if answer.is_issuers || answer.is_metadata => {
                 KmsError::with_source(KmsClass::Denied, format!("{what}: refused with {status}{said}"))
             }
             Some(400) if answer.refuses() => KmsError::with_source(KmsClass::Denied, format!("{what}: refused{said}")),
@@ -253,24 +254,28 @@ impl Answer {
             if let Some(error) = link.downcast_ref::<CallError>()
                 && let Some(status) = error.http_status_code()
             {
-                // The SDK asks the metadata server so, whose errors are plain text and whose way is no public network.
                 answer.status = answer.status.or(Some(status));
-                answer.is_metadata = true;
-                answer.is_issuers = true;
+                // The metadata server's errors are plain text, and its way is no private one: the SDK obeys HTTP_PROXY there. It
+                // marks every answer as its own.
+                answer.is_metadata |= error.http_headers().is_some_and(is_metadata);
+                // Impersonation fails so too.
+                if let Some(body) = error.http_payload() {
+                    answer.read(body);
+                }
             }
             // The SDK puts the body into the text of its error.
             if link.is::<CredentialsError>()
                 && let Some((_, rest)) = link.to_string().split_once("body=<")
                 && let Some((body, _)) = rest.rsplit_once('>')
             {
-                answer.read(body);
+                answer.read(body.as_bytes());
             }
         }
         answer
     }
 
-    fn read(&mut self, body: &str) {
-        let Ok(body) = serde_json::from_str::<Value>(body) else { return };
+    fn read(&mut self, body: &[u8]) {
+        let Ok(body) = serde_json::from_slice::<Value>(body) else { return };
         let (code, description) = match &body["error"] {
             Value::String(code) => (code.as_str(), body["error_description"].as_str()),
             Value::Object(error) => {
@@ -291,6 +296,11 @@ impl Answer {
             Some("invalid_grant" | "invalid_client" | "unauthorized_client" | "access_denied")
         )
     }
+}
+
+/// <https://cloud.google.com/compute/docs/metadata/querying-metadata>
+fn is_metadata(headers: &HeaderMap) -> bool {
+    headers.get("metadata-flavor").is_some_and(|flavor| flavor == "Google")
 }
 
 /// The error and its sources.

@@ -334,14 +334,15 @@ impl State {
         }
     }
 
-    /// As Compute Engine and GKE serve it.
+    /// As Compute Engine and GKE serve it: every answer says whose it is.
     fn metadata_token(&self, request: &Request) -> Answer {
-        match request.header("metadata-flavor") {
+        let answer = match request.header("metadata-flavor") {
             Some("Google") => {
                 Answer::json("200 OK", json!({"access_token": self.issued, "token_type": "Bearer", "expires_in": 3599}))
             }
             _ => Answer::json("403 Forbidden", "Missing required header"),
-        }
+        };
+        answer.header("Metadata-Flavor", "Google")
     }
 
     fn key_service(&self, path: &str, request: &Request) -> Result<Answer, Answer> {

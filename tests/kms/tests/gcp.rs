@@ -635,20 +635,30 @@ fn the_environment_decides_where_tokens_come_from() {
     let (url, metadata) = (fake.cloud.url(), fake.cloud.address().to_string());
     let from_metadata = [("PAGESEAL_GCP_ENDPOINT", url.as_str()), ("GCE_METADATA_HOST", metadata.as_str())];
     assert_eq!(child(&from_metadata), "good");
-    let metadata_says = |status: &'static str, text: &'static str| {
+    let metadata_says = |status: &'static str, flavor: Option<&'static str>, text: &'static str| {
         fake.cloud.answer_with(move |request: &Request| {
-            request.path().starts_with("/computeMetadata").then(|| Answer::json(status, text))
+            let answer = Answer::json(status, text);
+            let answer = flavor.into_iter().fold(answer, |answer, flavor| answer.header("Metadata-Flavor", flavor));
+            request.path().starts_with("/computeMetadata").then_some(answer)
         });
         child(&from_metadata)
     };
-    for (status, text, expected) in [
-        ("403 Forbidden", body("metadata_403.txt"), "Denied: "),
-        ("404 Not Found", "", "Misconfigured: "),
-        ("500 Internal Server Error", "", "Unreachable: "),
-        ("200 OK", "<html></html>", "Unclassified: "),
+    // The SDK takes HTTP_PROXY for the way to the metadata server: a refusal counts only if it is the server's own.
+    for (status, flavor, text, expected) in [
+        ("403 Forbidden", Some("Google"), body("metadata_403.txt"), "Denied: "),
+        ("403 Forbidden", None, body("metadata_403.txt"), "Unclassified: "),
+        ("403 Forbidden", Some("Squid"), body("metadata_403.txt"), "Unclassified: "),
+        ("403 Forbidden", None, body("proxy_403.html"), "Unclassified: "),
+        ("401 Unauthorized", None, "", "Unclassified: "),
+        ("404 Not Found", Some("Google"), "", "Misconfigured: "),
+        ("500 Internal Server Error", Some("Google"), "", "Unreachable: "),
+        ("200 OK", Some("Google"), "<html></html>", "Unclassified: "),
     ] {
-        let outcome = metadata_says(status, text);
-        assert!(outcome.starts_with(expected) && outcome.contains("the metadata server"), "{status}: {outcome}");
+        let outcome = metadata_says(status, flavor, text);
+        assert!(
+            outcome.starts_with(expected) && outcome.contains("the metadata server"),
+            "{status} {flavor:?}: {outcome}"
+        );
     }
     fake.cloud.answer_itself();
     let nobody = [("PAGESEAL_GCP_ENDPOINT", url.as_str()), ("GCE_METADATA_HOST", "127.0.0.1:1")];
