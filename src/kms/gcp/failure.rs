@@ -18,6 +18,10 @@ use crate::error::{KmsClass, KmsError};
 /// Texts of a service are quoted up to so many characters.
 const QUOTED: usize = 300;
 
+/// How the SDK's errors begin that have the answer of an issuer of tokens: for a refresh token, a subject token, and an
+/// impersonation.
+const ISSUERS: [&str; 3] = ["failed to refresh user access token", "failed to exchange token", "failed to fetch token"];
+
 /// The request that failed.
 pub(super) struct Asked<'a> {
     pub(super) key: &'a KeyName,
@@ -100,17 +104,7 @@ impl Asked<'_> {
         let said = format!("{}{}", status.code.name(), quoted(&status.message));
         match status.code {
             Code::FailedPrecondition => self.precondition(status, said),
-            Code::PermissionDenied => match reason(status) {
-                // Of the project that pays, not of the key: no verdict on it.
-                Some(
-                    "SERVICE_DISABLED"
-                    | "BILLING_DISABLED"
-                    | "USER_PROJECT_DENIED"
-                    | "CONSUMER_INVALID"
-                    | "CONSUMER_SUSPENDED",
-                ) => misconfigured(format!("the project that is charged for the request may not make it: {said}")),
-                _ => KmsError::with_source(KmsClass::Denied, said),
-            },
+            Code::PermissionDenied => permission_denied(reason(status), said),
             Code::Unauthenticated => {
                 KmsError::with_source(KmsClass::Denied, format!("{said}; the credentials are {}", self.origin))
             }
@@ -201,14 +195,20 @@ impl Asked<'_> {
         let answer = Answer::of(error);
         let said = answer.said.as_deref().map(quoted).unwrap_or_default();
         match answer.status {
-            Some(status @ (401 | 403)) if answer.is_issuers || answer.is_metadata => {
+            // Security Token Service could not fetch the keys of the provider that signed the subject token.
+            Some(_) if answer.is_about_the_provider() => unreachable(format!("{what}{said}")),
+            Some(status @ (401 | 403)) if answer.error.as_deref() == Some("PERMISSION_DENIED") => {
+                permission_denied(answer.reason.as_deref(), format!("{what}: refused with {status}{said}"))
+            }
+            Some(status @ (401 | 403)) if answer.refuses() || answer.is_metadata => {
                 KmsError::with_source(KmsClass::Denied, format!("{what}: refused with {status}{said}"))
             }
             Some(400) if answer.refuses() => KmsError::with_source(KmsClass::Denied, format!("{what}: refused{said}")),
+            Some(429) => throttled(format!("{what}: its issuer answered 429{said}"), answer.retry_after),
             Some(404) if answer.is_metadata => misconfigured(format!(
                 "{what}: it knows none (404); attach a service account to this machine or pod{said}"
             )),
-            Some(408 | 429 | 500..=599) => {
+            Some(408 | 500..=599) => {
                 unreachable(format!("{what}: its issuer answered {}{said}", answer.status.unwrap_or_default()))
             }
             Some(status @ (400 | 404)) if answer.is_issuers => {
@@ -229,14 +229,36 @@ impl Asked<'_> {
     }
 }
 
+/// `PERMISSION_DENIED` with the reason of its `google.rpc.ErrorInfo`; the reasons are those of google/api/error_reason.proto. Only
+/// the want of a right is a verdict, and a reason that is not known here is none.
+fn permission_denied(reason: Option<&str>, said: String) -> KmsError {
+    match reason {
+        None | Some("" | "IAM_PERMISSION_DENIED") => KmsError::with_source(KmsClass::Denied, said),
+        Some(
+            "SERVICE_DISABLED" | "BILLING_DISABLED" | "USER_PROJECT_DENIED" | "CONSUMER_INVALID" | "CONSUMER_SUSPENDED",
+        ) => misconfigured(format!("the project that is charged for the request may not make it: {said}")),
+        // A perimeter around networks and projects, which this machine may have left by a change of address.
+        Some("SECURITY_POLICY_VIOLATED") => {
+            misconfigured(format!("VPC Service Controls do not let the request through: {said}"))
+        }
+        Some("ACCESS_TOKEN_SCOPE_INSUFFICIENT") => misconfigured(format!(
+            "the access token is not for Cloud KMS; give the machine or the token the scope cloud-platform: {said}"
+        )),
+        Some(reason) => unclassified(format!("{said}{}", quoted(reason))),
+    }
+}
+
 /// What is known of the answer of a token's issuer.
 #[derive(Default)]
 struct Answer {
     status: Option<u16>,
     /// The error's code, as OAuth 2.0 or Google name it.
     error: Option<String>,
+    /// The reason of Google's.
+    reason: Option<String>,
     /// What may be quoted.
     said: Option<String>,
+    retry_after: Option<Duration>,
     is_metadata: bool,
     /// That it looks like an issuer's own.
     is_issuers: bool,
@@ -258,14 +280,16 @@ impl Answer {
                 // The metadata server's errors are plain text, and its way is no private one: the SDK obeys HTTP_PROXY there. It
                 // marks every answer as its own.
                 answer.is_metadata |= error.http_headers().is_some_and(is_metadata);
+                answer.retry_after = answer.retry_after.or(retry_after(error));
                 // Impersonation fails so too.
                 if let Some(body) = error.http_payload() {
                     answer.read(body);
                 }
             }
-            // The SDK puts the body into the text of its error.
+            // The SDK puts the body into the text of its error. What the source of a subject token says is not an issuer's.
             if link.is::<CredentialsError>()
-                && let Some((_, rest)) = link.to_string().split_once("body=<")
+                && let Some((doing, rest)) = link.to_string().split_once(", body=<")
+                && ISSUERS.contains(&doing)
                 && let Some((body, _)) = rest.rsplit_once('>')
             {
                 answer.read(body.as_bytes());
@@ -280,6 +304,10 @@ impl Answer {
             Value::String(code) => (code.as_str(), body["error_description"].as_str()),
             Value::Object(error) => {
                 let field = |name: &str| error.get(name).and_then(Value::as_str);
+                let details = error.get("details").and_then(Value::as_array).into_iter().flatten();
+                let info = |detail: &&Value| detail["@type"] == "type.googleapis.com/google.rpc.ErrorInfo";
+                self.reason =
+                    details.filter(info).find_map(|detail| detail["reason"].as_str()).map(|reason| reason.to_owned());
                 (field("status").unwrap_or_default(), field("message"))
             }
             _ => return,
@@ -289,12 +317,19 @@ impl Answer {
         self.said = Some(format!("{code} {}", description.unwrap_or_default()).trim().to_owned());
     }
 
-    /// The codes by which OAuth 2.0 refuses credentials: RFC 6749, section 5.2.
+    /// The codes by which OAuth 2.0 refuses credentials, RFC 6749, section 5.2, and Google's name for it. Others say `error`
+    /// too: proxies and gateways.
     fn refuses(&self) -> bool {
         matches!(
             self.error.as_deref(),
-            Some("invalid_grant" | "invalid_client" | "unauthorized_client" | "access_denied")
+            Some("invalid_grant" | "invalid_client" | "unauthorized_client" | "access_denied" | "UNAUTHENTICATED")
         )
+    }
+
+    /// Said with `invalid_grant`, but of an outage.
+    fn is_about_the_provider(&self) -> bool {
+        let said = self.said.as_deref().unwrap_or_default();
+        said.contains(" Error connecting to the given credential's issuer")
     }
 }
 

@@ -264,7 +264,9 @@ fn every_code_has_its_class_and_a_failing_server_is_believed_nothing() {
         |reason: &str| format!(r#"{{"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": "{reason}"}}"#);
     for (reason, expected) in [
         ("IAM_PERMISSION_DENIED", Denied),
-        ("A_NEW_REASON", Denied),
+        ("A_NEW_REASON", Unclassified),
+        ("SECURITY_POLICY_VIOLATED", Misconfigured),
+        ("ACCESS_TOKEN_SCOPE_INSUFFICIENT", Misconfigured),
         ("SERVICE_DISABLED", Misconfigured),
         ("BILLING_DISABLED", Misconfigured),
         ("USER_PROJECT_DENIED", Misconfigured),

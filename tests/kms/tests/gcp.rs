@@ -146,7 +146,7 @@ const SERVICE: &[(&str, &str, KmsClass)] = &[
     ("quota.json", "429 Too Many Requests", KmsClass::Throttled),
     ("quota_retry_info.json", "429 Too Many Requests", KmsClass::Throttled),
     ("robot_404.html", "404 Not Found", KmsClass::Misconfigured),
-    ("scope_insufficient.json", "403 Forbidden", KmsClass::Denied),
+    ("scope_insufficient.json", "403 Forbidden", KmsClass::Misconfigured),
     ("service_disabled.json", "403 Forbidden", KmsClass::Misconfigured),
     ("state_contradictory.json", "400 Bad Request", KmsClass::Unclassified),
     ("state_destroy_scheduled.json", "400 Bad Request", KmsClass::Deleted),
@@ -165,7 +165,7 @@ const SERVICE: &[(&str, &str, KmsClass)] = &[
     ("unimplemented.json", "501 Not Implemented", KmsClass::Misconfigured),
     ("unknown.json", "500 Internal Server Error", KmsClass::Unreachable),
     ("user_project_denied.json", "403 Forbidden", KmsClass::Misconfigured),
-    ("vpc_service_controls.json", "403 Forbidden", KmsClass::Denied),
+    ("vpc_service_controls.json", "403 Forbidden", KmsClass::Misconfigured),
     ("without_status.json", "403 Forbidden", KmsClass::Unclassified),
     ("wrong_purpose.json", "400 Bad Request", KmsClass::Misconfigured),
 ];
@@ -180,10 +180,14 @@ const ISSUER: &[(&str, &str, KmsClass)] = &[
     ("token_invalid_rapt.json", "400 Bad Request", KmsClass::Denied),
     ("token_invalid_request.json", "400 Bad Request", KmsClass::Misconfigured),
     ("token_unauthorized_client.json", "400 Bad Request", KmsClass::Denied),
+    ("sts_issuer_unreachable.json", "400 Bad Request", KmsClass::Unreachable),
+    ("gateway_forbidden.json", "401 Unauthorized", KmsClass::Unclassified),
+    ("gateway_forbidden.json", "403 Forbidden", KmsClass::Unclassified),
+    ("service_disabled.json", "403 Forbidden", KmsClass::Misconfigured),
     ("proxy_403.html", "403 Forbidden", KmsClass::Unclassified),
     ("proxy_502.html", "502 Bad Gateway", KmsClass::Unreachable),
     ("unavailable.json", "503 Service Unavailable", KmsClass::Unreachable),
-    ("quota.json", "429 Too Many Requests", KmsClass::Unreachable),
+    ("quota.json", "429 Too Many Requests", KmsClass::Throttled),
 ];
 
 /// Asked of a metadata server in `the_environment_decides_where_tokens_come_from`.
@@ -594,6 +598,43 @@ fn workload_identity_federation_exchanges_the_token_in_a_file() {
     let error = wrap(&fake.wrapper_with(GoogleCredentials::json(config.to_string()))).unwrap_err();
     assert_eq!(error.class, KmsClass::Misconfigured, "{error}");
     assert!(error.to_string().contains("No such file"), "{error}");
+}
+
+#[test]
+fn what_the_source_of_a_subject_token_says_is_no_verdict_and_what_an_impersonation_says_is_one() {
+    let fake = Fake::start();
+    fake.cloud.accept_for_exchange("SUBJECT-TOKEN");
+    let url = |path: &str| format!("{}{path}", fake.cloud.url());
+    let config = json!({
+        "type": "external_account",
+        "audience": "//iam.googleapis.com/projects/1/locations/global/workloadIdentityPools/p/providers/k8s",
+        "subject_token_type": "urn:ietf:params:oauth:token-type:jwt",
+        "token_url": url("/token"),
+        "service_account_impersonation_url": url("/impersonate"),
+        "credential_source": {"url": url("/subject")},
+    });
+    let class_with = |path: &'static str, status: &'static str, text: &'static str| {
+        fake.cloud.answer_with(move |request: &Request| match request.path() {
+            asked if asked == path => Some(Answer::json(status, text)),
+            "/subject" => Some(Answer::json("200 OK", "SUBJECT-TOKEN")),
+            _ => None,
+        });
+        let error = wrap(&fake.wrapper_with(GoogleCredentials::json(config.to_string()))).unwrap_err();
+        (error.class, error.to_string())
+    };
+    for file in ["token_invalid_client.json", "impersonation_denied.json", "gateway_forbidden.json", "proxy_403.html"] {
+        let (class, said) = class_with("/subject", "403 Forbidden", body(file));
+        assert_eq!(class, KmsClass::Unclassified, "{file}: {said}");
+    }
+    for (file, expected) in [
+        ("impersonation_denied.json", KmsClass::Denied),
+        ("service_disabled.json", KmsClass::Misconfigured),
+        ("gateway_forbidden.json", KmsClass::Unclassified),
+        ("proxy_403.html", KmsClass::Unclassified),
+    ] {
+        let (class, said) = class_with("/impersonate", "403 Forbidden", body(file));
+        assert_eq!(class, expected, "{file}: {said}");
+    }
 }
 
 /// Runs one test in a process whose environment is only this, and returns what it said on both channels.
