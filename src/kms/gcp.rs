@@ -11,7 +11,7 @@ use std::net::IpAddr;
 use std::pin::pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 use google_cloud_gax::client_builder;
@@ -30,7 +30,7 @@ use crate::keys::wrapper::{KeyWrapper, WrapContext, WrappedKey};
 use crate::kms::asynchronous::{AsyncKeyWrapper, FromAsync};
 use crate::secret::KeyPayload;
 use credentials::{Lent, Session, Slot};
-use failure::{Asked, is_about_credentials, unclassified, unreachable};
+use failure::{Asked, is_about_credentials, misled_by_the_clock, unclassified, unreachable};
 use name::KeyName;
 
 const PROVIDER: &str = "google-cloud-kms";
@@ -123,6 +123,9 @@ impl GoogleKms {
             builder = builder.endpoint(endpoint);
         }
         builder.quota_project = text(QUOTA_PROJECT_VARIABLE)?;
+        if lookup(UNIVERSE_VARIABLE).is_some_and(|value| value.is_empty()) {
+            return Err(no_universe());
+        }
         builder.universe_domain = text(UNIVERSE_VARIABLE)?;
         builder.build()
     }
@@ -229,6 +232,9 @@ impl GoogleKmsBuilder {
             )));
         }
         let universe = std::env::var(UNIVERSE_VARIABLE).ok().or(self.universe_domain);
+        if universe.as_deref() == Some("") {
+            return Err(no_universe());
+        }
         let slot = Arc::new(Slot::new(self.credentials.clone(), universe.clone()));
         self.credentials.check(slot.universe()).map_err(misconfigured)?;
 
@@ -286,7 +292,10 @@ impl Service {
                 Err((error, false)) => Err(error),
                 Ok(()) => match send(left(deadline)).await {
                     Ok(value) => return Ok(value),
-                    Err(error) if is_about_credentials(&error) => Err(asked.failed(&error)),
+                    Err(error) if is_about_credentials(&error) => Err(match misled_by_the_clock(&error, now()) {
+                        Some(told) if session.signs => told,
+                        _ => asked.failed(&error),
+                    }),
                     Err(error) => return Err(asked.failed(&error)),
                 },
             };
@@ -427,6 +436,11 @@ impl Drop for Abandoned<'_> {
     }
 }
 
+#[allow(clippy::disallowed_methods)] // The SDK signs for the time that it is.
+fn now() -> SystemTime {
+    SystemTime::now()
+}
+
 fn checksum(bytes: &[u8]) -> i64 {
     crc32c::crc32c(bytes).into()
 }
@@ -442,6 +456,13 @@ fn at_once<F: Future>(future: F) -> Option<F::Output> {
         Poll::Ready(output) => Some(output),
         Poll::Pending => None,
     }
+}
+
+/// The SDK takes nothing for a domain.
+fn no_universe() -> Error {
+    misconfigured(format!(
+        "{UNIVERSE_VARIABLE} or the universe domain is set to nothing; unset it, or name googleapis.com"
+    ))
 }
 
 fn misconfigured(text: impl Into<String>) -> Error {

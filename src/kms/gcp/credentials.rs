@@ -58,7 +58,9 @@ impl GoogleCredentials {
 
     pub(super) fn from_lookup(lookup: &dyn Fn(&str) -> Option<OsString>) -> Self {
         let named = lookup(CREDENTIALS_VARIABLE).map(PathBuf::from);
-        let well_known = lookup("HOME").map(|home| PathBuf::from(home).join(WELL_KNOWN));
+        // Nothing would be the working directory, where anybody's file may lie.
+        let home = lookup("HOME").filter(|home| !home.is_empty());
+        let well_known = home.map(|home| PathBuf::from(home).join(WELL_KNOWN));
         Self(Source::ApplicationDefault { named, well_known })
     }
 
@@ -275,6 +277,8 @@ pub(super) struct Session {
     pub(super) credentials: Credentials,
     /// Whether beginning anew may make a difference.
     pub(super) renewable: bool,
+    /// Whether tokens are signed here, for the time that this machine's clock says.
+    pub(super) signs: bool,
     /// Where they come from, for errors.
     pub(super) origin: String,
 }
@@ -300,13 +304,14 @@ impl Slot {
             return Ok((Arc::clone(session), false));
         }
         let origin = state.source.origin();
-        let begun = state
-            .source
-            .load(&self.universe)
-            .and_then(|loaded| loaded.begin().map_err(|what| format!("{origin}: they {what}")));
+        let mut signs = false;
+        let begun = state.source.load(&self.universe).and_then(|loaded| {
+            signs = matches!(loaded, Loaded::Json(Kind::ServiceAccount | Kind::Impersonated, _));
+            loaded.begin().map_err(|what| format!("{origin}: they {what}"))
+        });
         let credentials = begun.map_err(|text| KmsError::with_source(KmsClass::Misconfigured, text))?;
         let renewable = !matches!(state.source.0, Source::Fixed(_));
-        let session = Arc::new(Session { credentials, renewable, origin });
+        let session = Arc::new(Session { credentials, renewable, signs, origin });
         state.session = Some(Arc::clone(&session));
         Ok((session, true))
     }
@@ -432,6 +437,8 @@ mod tests {
 
         assert!(matches!(load(&with(None)), Ok(Loaded::MetadataServer)));
         assert!(with(None).origin().contains("metadata server"));
+        let homeless = GoogleCredentials::from_lookup(&|name| (name == "HOME").then(OsString::new));
+        assert!(matches!(homeless.0, Source::ApplicationDefault { well_known: None, .. }));
         std::fs::write(&gcloud, SERVICE_ACCOUNT).unwrap();
         assert!(matches!(load(&with(None)), Ok(Loaded::Json(Kind::ServiceAccount, _))));
         let missing = load(&with(Some(&named))).err().unwrap();

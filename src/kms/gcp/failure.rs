@@ -4,7 +4,7 @@
 //! have said instead (pages of HTML, bare status codes) never is one.
 
 use std::error::Error as StdError;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use google_cloud_auth::errors::CredentialsError;
 use google_cloud_gax::error::Error as CallError;
@@ -48,6 +48,39 @@ fn misconfigured(text: impl Into<String>) -> KmsError {
 /// Whether the credentials were refused, or there were none: others may do better.
 pub(super) fn is_about_credentials(error: &CallError) -> bool {
     error.is_authentication() || error.status().is_some_and(|status| status.code == Code::Unauthenticated)
+}
+
+/// A refusal of a token that was signed for another time than it is: from 10 s before the signature to an hour after it.
+pub(super) fn misled_by_the_clock(error: &CallError, now: SystemTime) -> Option<KmsError> {
+    if error.status()?.code != Code::Unauthenticated {
+        return None;
+    }
+    let theirs = parse_date(error.http_headers()?.get("date")?.to_str().ok()?)?;
+    let (off, how) = match now.duration_since(theirs) {
+        Ok(ahead) => (Some(ahead).filter(|ahead| ahead.as_secs() > 10), "ahead"),
+        Err(behind) => (Some(behind.duration()).filter(|behind| behind.as_secs() > 3600), "behind"),
+    };
+    let seconds = off?.as_secs();
+    Some(misconfigured(format!(
+        "this machine's clock is {seconds} s {how} of Google's, so that the tokens it signs are refused; set the clock"
+    )))
+}
+
+/// `Wed, 21 Oct 2026 07:28:00 GMT`: RFC 9110, section 5.6.7.
+pub(super) fn parse_date(text: &str) -> Option<SystemTime> {
+    const MONTHS: &str = "JanFebMarAprMayJunJulAugSepOctNovDec";
+    let mut fields = text.split_once(", ")?.1.split([' ', ':']);
+    let number = |fields: &mut dyn Iterator<Item = &str>| fields.next()?.parse::<u64>().ok().filter(|n| *n < 10_000);
+    let day = number(&mut fields)?;
+    let month = fields.next().filter(|name| name.len() == 3)?;
+    let month = u64::try_from(MONTHS.find(month).filter(|at| at % 3 == 0)?).ok()? / 3 + 1;
+    let year = number(&mut fields)?.checked_sub(1970)? + 1970;
+    let (hour, minute, second) = (number(&mut fields)?, number(&mut fields)?, number(&mut fields)?);
+    // Years that begin in March, so that a leap day is the last one.
+    let (year, month) = if month > 2 { (year, month - 3) } else { (year - 1, month + 9) };
+    let days = year * 365 + year / 4 - year / 100 + year / 400 + (month * 153 + 2) / 5 + day;
+    let seconds = days.checked_sub(719_469)? * 86_400 + hour * 3600 + minute * 60 + second;
+    SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds))
 }
 
 impl Asked<'_> {

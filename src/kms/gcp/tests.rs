@@ -30,7 +30,11 @@ fn refused<T>(outcome: Result<T>) -> String {
 #[test]
 fn a_wrong_setting_is_told_with_its_variable_and_an_example() {
     type Case = (&'static [(&'static str, &'static str)], &'static [&'static str]);
-    let cases: [Case; 7] = [
+    let cases: [Case; 8] = [
+        (
+            &[("PAGESEAL_GCP_KEY", KEY), ("GOOGLE_CLOUD_UNIVERSE_DOMAIN", "")],
+            &["GOOGLE_CLOUD_UNIVERSE_DOMAIN or the universe domain is set to nothing"],
+        ),
         (&[], &["PAGESEAL_GCP_KEY is not set", EXAMPLE]),
         (&[("PAGESEAL_GCP_KEY", "")], &["PAGESEAL_GCP_KEY is not set", EXAMPLE]),
         (&[("PAGESEAL_GCP_KEY", "my-key")], &["PAGESEAL_GCP_KEY: piece 1 must be \"projects\"", EXAMPLE]),
@@ -273,6 +277,26 @@ fn every_code_has_its_class_and_a_failing_server_is_believed_nothing() {
         ("CONSUMER_SUSPENDED", Misconfigured),
     ] {
         assert_eq!(class_of(403, "PERMISSION_DENIED", "", &info(reason)), expected, "{reason}");
+    }
+}
+
+#[test]
+fn a_date_is_its_second() {
+    let seconds =
+        |text| failure::parse_date(text).map(|date| date.duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs());
+    assert_eq!(seconds("Thu, 01 Jan 1970 00:00:00 GMT"), Some(0));
+    assert_eq!(seconds("Sun, 06 Nov 1994 08:49:37 GMT"), Some(784_111_777));
+    assert_eq!(seconds("Tue, 29 Feb 2000 12:00:00 GMT"), Some(951_825_600));
+    assert_eq!(seconds("Wed, 21 Oct 2026 07:28:00 GMT"), Some(1_792_567_680));
+    for wrong in [
+        "",
+        "x",
+        "Wed, 21 Oct",
+        "Wed, 21 ctN 2026 07:28:00 GMT",
+        "Wed, 1 Jan 1 0:0:0 GMT",
+        "a, 99999999999999999999 Jan",
+    ] {
+        assert_eq!(seconds(wrong), None, "{wrong}");
     }
 }
 

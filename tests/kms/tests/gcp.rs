@@ -429,6 +429,29 @@ fn a_service_account_signs_its_tokens_itself() {
 }
 
 #[test]
+fn a_wrong_clock_is_told_and_is_no_verdict() {
+    let fake = Fake::start();
+    let signing = fake.wrapper_with(GoogleCredentials::json(service_account(&fake.cloud)));
+    let dated = |date: &'static str| {
+        fake.cloud.answer_with(move |_| {
+            Some(Answer::json("401 Unauthorized", body("unauthenticated.json")).header("Date", date))
+        });
+    };
+    for (date, how) in [("Tue, 01 Jan 2019 00:00:00 GMT", "ahead"), ("Thu, 01 Jan 2099 00:00:00 GMT", "behind")] {
+        dated(date);
+        let error = wrap(&signing).unwrap_err();
+        assert_eq!(error.class, KmsClass::Misconfigured, "{error}");
+        assert!(error.to_string().contains("clock is ") && error.to_string().contains(how), "{error}");
+        // A token that somebody else made says nothing about this clock.
+        assert_eq!(class(&wrap(fake.google())), Some(KmsClass::Denied));
+    }
+    for date in ["", "yesterday"] {
+        dated(date);
+        assert_eq!(class(&wrap(&signing)), Some(KmsClass::Denied));
+    }
+}
+
+#[test]
 fn a_private_key_that_is_none_is_told_and_not_shown() {
     let fake = Fake::start();
     let account = service_account(&fake.cloud);
