@@ -29,7 +29,7 @@ use crate::ids::MasterKeyId;
 use crate::keys::wrapper::{KeyWrapper, WrapContext, WrappedKey};
 use crate::kms::asynchronous::{AsyncKeyWrapper, FromAsync};
 use crate::secret::KeyPayload;
-use credentials::{Lent, Session, Slot};
+use credentials::{Lent, Renewal, Session, Slot};
 use failure::{Asked, is_about_credentials, misled_by_the_clock, unclassified, unreachable};
 use name::KeyName;
 
@@ -292,6 +292,13 @@ impl Service {
                 Err((error, false)) => Err(error),
                 Ok(()) => match send(left(deadline)).await {
                     Ok(value) => return Ok(value),
+                    // The caller's function fails by itself, and has said what that means.
+                    Err(error) if error.is_authentication() && session.renewal == Renewal::Ask => {
+                        return Err(asked.failed(&error));
+                    }
+                    Err(error) if is_about_credentials(&error) && session.renewal == Renewal::Impossible => {
+                        Err(no_verdict(asked.failed(&error)))
+                    }
                     Err(error) if is_about_credentials(&error) => Err(match misled_by_the_clock(&error, now()) {
                         Some(told) if session.signs => told,
                         _ => asked.failed(&error),
@@ -300,7 +307,7 @@ impl Service {
                 },
             };
             self.slot.forget(&session);
-            if fresh || !session.renewable || !again {
+            if fresh || matches!(session.renewal, Renewal::Impossible | Renewal::Pointless) || !again {
                 return outcome;
             }
             again = false;
@@ -317,7 +324,7 @@ impl Service {
         asked: &Asked<'_>,
         deadline: Instant,
     ) -> Result<(), (KmsError, bool)> {
-        if !session.renewable {
+        if session.renewal != Renewal::Begin {
             return Ok(());
         }
         let mut abandoned = Abandoned(Some((&self.slot, session)));
@@ -433,6 +440,16 @@ impl Drop for Abandoned<'_> {
         if let Some((slot, session)) = self.0.take() {
             slot.forget(session);
         }
+    }
+}
+
+/// Of credentials that cannot be told to fetch a token anew.
+fn no_verdict(error: KmsError) -> KmsError {
+    match error.class {
+        KmsClass::Denied => {
+            unclassified(format!("{error}; the token may be an old one, which the SDK still takes for good"))
+        }
+        _ => error,
     }
 }
 

@@ -319,6 +319,31 @@ fn what_a_service_says_is_quoted_within_bounds_and_on_one_line() {
 }
 
 #[test]
+fn a_refusal_of_credentials_that_cannot_fetch_a_token_anew_is_no_verdict() {
+    use std::io::{Read, Write};
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let endpoint = format!("http://{}", listener.local_addr().unwrap());
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            let _ = stream.read(&mut [0; 65536]);
+            let body = r#"{"error": {"code": 401, "status": "UNAUTHENTICATED", "message": "No."}}"#;
+            let head = format!("HTTP/1.1 401 No\r\nConnection: close\r\nContent-Length: {}\r\n\r\n", body.len());
+            let _ = stream.write_all((head + body).as_bytes());
+        }
+    });
+    let class = |credentials| {
+        let wrapper = GoogleKms::builder(KEY).endpoint(&endpoint).credentials(credentials).build().unwrap();
+        let cx = crate::testing::conformance::context(Duration::from_secs(10));
+        wrapper.wrap_key(&payload(9), &cx).unwrap_err().class
+    };
+    let sdk = google_cloud_auth::credentials::anonymous::Builder::new().build();
+    assert_eq!(class(GoogleCredentials::sdk(sdk)), KmsClass::Unclassified);
+    assert_eq!(class(GoogleCredentials::access_token(|_| Ok("t".into()))), KmsClass::Denied);
+    assert_eq!(class(GoogleCredentials::anonymous()), KmsClass::Denied);
+}
+
+#[test]
 fn the_end_of_a_call_in_want_of_a_token_throws_the_credentials_away() {
     #[derive(Debug)]
     struct Never;
@@ -346,7 +371,7 @@ fn the_end_of_a_call_in_want_of_a_token_throws_the_credentials_away() {
 
 #[test]
 fn debug_shows_the_key_and_no_credentials() {
-    let builder = GoogleKms::builder(KEY).credentials(GoogleCredentials::access_token(|| Ok("SECRET".into())));
+    let builder = GoogleKms::builder(KEY).credentials(GoogleCredentials::access_token(|_| Ok("SECRET".into())));
     let shown = format!("{builder:?} {:?}", builder.clone().build().unwrap());
     assert!(shown.contains(KEY) && !shown.contains("SECRET"), "{shown}");
 }
