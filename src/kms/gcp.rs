@@ -11,9 +11,10 @@ use std::net::IpAddr;
 use std::pin::pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
+use google_cloud_gax::client_builder;
 use google_cloud_gax::error::Error as CallError;
 use google_cloud_gax::options::RequestOptionsBuilder;
 use google_cloud_gax::retry_policy::NeverRetry;
@@ -28,8 +29,8 @@ use crate::ids::MasterKeyId;
 use crate::keys::wrapper::{KeyWrapper, WrapContext, WrappedKey};
 use crate::kms::asynchronous::{AsyncKeyWrapper, FromAsync};
 use crate::secret::KeyPayload;
-use credentials::{Lent, Session, Slot};
-use failure::{Asked, is_about_credentials, unclassified, unreachable};
+use credentials::{Lent, Renewal, Session, Slot};
+use failure::{Asked, is_about_credentials, misled_by_the_clock, unclassified, unreachable};
 use name::KeyName;
 
 const PROVIDER: &str = "google-cloud-kms";
@@ -54,7 +55,8 @@ const LONGEST_BLOB: usize = 4096;
 ///
 /// The official SDK does the calls, over HTTPS, with its own TLS (aws-lc) unless the process has installed another provider
 /// for rustls; nothing is installed here. The SDK's retries are off, and each call ends at its deadline. This type wipes its own
-/// copies of payloads; those that the SDK makes in sending and receiving are not wiped.
+/// copies of payloads; those that the SDK makes in sending and receiving are not wiped. Requests with keys follow no
+/// redirection. The SDK's requests for access tokens do, which cannot be changed from here; a service account's file needs none.
 ///
 /// Clones share credentials and connections. How each answer is classified, which rights are needed, and what is not tested
 /// says docs/kms/gcp.md.
@@ -121,6 +123,9 @@ impl GoogleKms {
             builder = builder.endpoint(endpoint);
         }
         builder.quota_project = text(QUOTA_PROJECT_VARIABLE)?;
+        if lookup(UNIVERSE_VARIABLE).is_some_and(|value| value.is_empty()) {
+            return Err(no_universe());
+        }
         builder.universe_domain = text(UNIVERSE_VARIABLE)?;
         builder.build()
     }
@@ -227,6 +232,9 @@ impl GoogleKmsBuilder {
             )));
         }
         let universe = std::env::var(UNIVERSE_VARIABLE).ok().or(self.universe_domain);
+        if universe.as_deref() == Some("") {
+            return Err(no_universe());
+        }
         let slot = Arc::new(Slot::new(self.credentials.clone(), universe.clone()));
         self.credentials.check(slot.universe()).map_err(misconfigured)?;
 
@@ -234,6 +242,9 @@ impl GoogleKmsBuilder {
         let mut client = KeyManagementService::builder().with_retry_policy(NeverRetry);
         client = client.with_credentials(Lent(Arc::clone(&slot)));
         client = client.with_universe_domain(slot.universe());
+        // A redirection would carry a key to whatever host it names; a small answer could unpack to more than there is memory.
+        client = client_builder::internal::with_follow_redirects(client, false);
+        client = client_builder::internal::with_automatic_decompression(client, false);
         let default = format!("https://cloudkms.{}", slot.universe());
         let endpoint = self.endpoint.unwrap_or(default);
         let client = at_once(client.with_endpoint(&endpoint).build()).ok_or_else(|| {
@@ -281,12 +292,22 @@ impl Service {
                 Err((error, false)) => Err(error),
                 Ok(()) => match send(left(deadline)).await {
                     Ok(value) => return Ok(value),
-                    Err(error) if is_about_credentials(&error) => Err(asked.failed(&error)),
+                    // The caller's function fails by itself, and has said what that means.
+                    Err(error) if error.is_authentication() && session.renewal == Renewal::Ask => {
+                        return Err(asked.failed(&error));
+                    }
+                    Err(error) if is_about_credentials(&error) && session.renewal == Renewal::Impossible => {
+                        Err(no_verdict(asked.failed(&error)))
+                    }
+                    Err(error) if is_about_credentials(&error) => Err(match misled_by_the_clock(&error, now()) {
+                        Some(told) if session.signs => told,
+                        _ => asked.failed(&error),
+                    }),
                     Err(error) => return Err(asked.failed(&error)),
                 },
             };
             self.slot.forget(&session);
-            if fresh || !session.renewable || !again {
+            if fresh || matches!(session.renewal, Renewal::Impossible | Renewal::Pointless) || !again {
                 return outcome;
             }
             again = false;
@@ -303,7 +324,7 @@ impl Service {
         asked: &Asked<'_>,
         deadline: Instant,
     ) -> Result<(), (KmsError, bool)> {
-        if !session.renewable {
+        if session.renewal != Renewal::Begin {
             return Ok(());
         }
         let mut abandoned = Abandoned(Some((&self.slot, session)));
@@ -422,6 +443,21 @@ impl Drop for Abandoned<'_> {
     }
 }
 
+/// Of credentials that cannot be told to fetch a token anew.
+fn no_verdict(error: KmsError) -> KmsError {
+    match error.class {
+        KmsClass::Denied => {
+            unclassified(format!("{error}; the token may be an old one, which the SDK still takes for good"))
+        }
+        _ => error,
+    }
+}
+
+#[allow(clippy::disallowed_methods)] // The SDK signs for the time that it is.
+fn now() -> SystemTime {
+    SystemTime::now()
+}
+
 fn checksum(bytes: &[u8]) -> i64 {
     crc32c::crc32c(bytes).into()
 }
@@ -437,6 +473,13 @@ fn at_once<F: Future>(future: F) -> Option<F::Output> {
         Poll::Ready(output) => Some(output),
         Poll::Pending => None,
     }
+}
+
+/// The SDK takes nothing for a domain.
+fn no_universe() -> Error {
+    misconfigured(format!(
+        "{UNIVERSE_VARIABLE} or the universe domain is set to nothing; unset it, or name googleapis.com"
+    ))
 }
 
 fn misconfigured(text: impl Into<String>) -> Error {

@@ -43,9 +43,12 @@ enum Source {
     },
     File(PathBuf),
     Json(Arc<Zeroizing<Vec<u8>>>),
-    /// Nothing that could be made anew.
-    Fixed(Credentials),
+    Function(Arc<Provide>),
+    Sdk(Credentials),
+    Anonymous,
 }
+
+type Provide = dyn Fn(Option<&str>) -> Result<String, KmsError> + Send + Sync;
 
 impl GoogleCredentials {
     /// What every Google program looks for (Application Default Credentials,
@@ -58,7 +61,9 @@ impl GoogleCredentials {
 
     pub(super) fn from_lookup(lookup: &dyn Fn(&str) -> Option<OsString>) -> Self {
         let named = lookup(CREDENTIALS_VARIABLE).map(PathBuf::from);
-        let well_known = lookup("HOME").map(|home| PathBuf::from(home).join(WELL_KNOWN));
+        // Nothing would be the working directory, where anybody's file may lie.
+        let home = lookup("HOME").filter(|home| !home.is_empty());
+        let well_known = home.map(|home| PathBuf::from(home).join(WELL_KNOWN));
         Self(Source::ApplicationDefault { named, well_known })
     }
 
@@ -74,20 +79,23 @@ impl GoogleCredentials {
     }
 
     /// Access tokens (without `Bearer`) from a function of yours. It is called on the calling thread for every request, so
-    /// it should keep a token until shortly before its end, and not wait for long. Its failures are yours to classify:
-    /// [`KmsClass::Denied`] stops a running cluster.
-    pub fn access_token(provide: impl Fn() -> Result<String, KmsError> + Send + Sync + 'static) -> Self {
-        Self(Source::Fixed(Provided(Box::new(provide)).into()))
+    /// it should keep a token until shortly before its end, and not wait for long. Its argument is the token that Google
+    /// refused last, if one was: never return that one again, but one that was fetched anew. If that is refused too, the
+    /// answer is [`KmsClass::Denied`], which stops a running cluster, as it does as a failure of yours, which you classify.
+    pub fn access_token(provide: impl Fn(Option<&str>) -> Result<String, KmsError> + Send + Sync + 'static) -> Self {
+        Self(Source::Function(Arc::new(provide)))
     }
 
-    /// Credentials of the SDK's own making.
+    /// Credentials of the SDK's own making. The tokio runtime that they were made in must live as long as they. They cannot be
+    /// told to fetch a token anew, and take one for good as long as a clock says that stands still in a suspended machine: that
+    /// Google refuses their token is [`KmsClass::Unclassified`], and stops no running cluster.
     pub fn sdk(credentials: Credentials) -> Self {
-        Self(Source::Fixed(credentials))
+        Self(Source::Sdk(credentials))
     }
 
     /// None: for emulators.
     pub fn anonymous() -> Self {
-        Self(Source::Fixed(anonymous::Builder::new().build()))
+        Self(Source::Anonymous)
     }
 
     /// That there is a well-formed file where one is needed. Without a call.
@@ -102,7 +110,9 @@ impl GoogleCredentials {
         };
         let named = format!(", named by {CREDENTIALS_VARIABLE},");
         match &self.0 {
-            Source::Fixed(credentials) => Ok(Loaded::Fixed(credentials.clone())),
+            Source::Function(provide) => Ok(Loaded::Function(Arc::clone(provide))),
+            Source::Sdk(credentials) => Ok(Loaded::Sdk(credentials.clone())),
+            Source::Anonymous => Ok(Loaded::Sdk(anonymous::Builder::new().build())),
             Source::Json(content) => parse(content, universe).map_err(|what| format!("the credentials {what}")),
             Source::File(path) => read(path, ""),
             Source::ApplicationDefault { named: Some(path), .. } if path.as_os_str().is_empty() => {
@@ -119,7 +129,7 @@ impl GoogleCredentials {
     /// What to look at when no token can be had.
     fn origin(&self) -> String {
         match &self.0 {
-            Source::Fixed(_) => "the credentials that the program gave".into(),
+            Source::Function(_) | Source::Sdk(_) | Source::Anonymous => "the credentials that the program gave".into(),
             Source::Json(_) => "the credentials JSON that the program gave".into(),
             Source::File(path) => format!("the credentials file {}", path.display()),
             Source::ApplicationDefault { named: Some(path), .. } => {
@@ -145,7 +155,8 @@ impl fmt::Debug for GoogleCredentials {
 enum Loaded {
     Json(Kind, Secret),
     MetadataServer,
-    Fixed(Credentials),
+    Function(Arc<Provide>),
+    Sdk(Credentials),
 }
 
 /// Wiped on drop.
@@ -236,9 +247,10 @@ fn parse(content: &[u8], universe: &str) -> Result<Loaded, String> {
 
 impl Loaded {
     /// The SDK's credentials, which begin to fetch a token at once, in the tokio runtime whose context this runs in.
-    fn begin(self) -> Result<Credentials, String> {
+    fn begin(self, last: &Last, refused: Option<Token>) -> Result<Credentials, String> {
         let built = match self {
-            Self::Fixed(credentials) => return Ok(credentials),
+            Self::Sdk(credentials) => return Ok(credentials),
+            Self::Function(provide) => return Ok(Provided { provide, refused, last: Arc::clone(last) }.into()),
             Self::MetadataServer => mds::Builder::default().build(),
             Self::Json(kind, mut secret) => {
                 let value = std::mem::take(&mut secret.0);
@@ -268,13 +280,34 @@ pub(super) struct Slot {
 struct State {
     source: GoogleCredentials,
     session: Option<Arc<Session>>,
+    /// What the session before this one had from the caller's function.
+    refused: Option<Token>,
+}
+
+type Token = Arc<Zeroizing<String>>;
+type Last = Arc<Mutex<Option<Token>>>;
+
+/// What can be done about a token that was refused.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Renewal {
+    /// Beginning anew fetches one.
+    Begin,
+    /// The caller's function is told.
+    Ask,
+    /// None can be had, so that the refusal may be an old token's.
+    Impossible,
+    /// There is no token.
+    Pointless,
 }
 
 /// Credentials that have been begun.
 pub(super) struct Session {
     pub(super) credentials: Credentials,
-    /// Whether beginning anew may make a difference.
-    pub(super) renewable: bool,
+    pub(super) renewal: Renewal,
+    /// The last token of the caller's function.
+    last: Last,
+    /// Whether tokens are signed here, for the time that this machine's clock says.
+    pub(super) signs: bool,
     /// Where they come from, for errors.
     pub(super) origin: String,
 }
@@ -282,7 +315,7 @@ pub(super) struct Session {
 impl Slot {
     pub(super) fn new(source: GoogleCredentials, universe: Option<String>) -> Self {
         let universe = universe.unwrap_or_else(|| DEFAULT_UNIVERSE.into());
-        Self { universe, state: Mutex::new(State { source, session: None }) }
+        Self { universe, state: Mutex::new(State { source, session: None, refused: None }) }
     }
 
     pub(super) fn universe(&self) -> &str {
@@ -290,31 +323,40 @@ impl Slot {
     }
 
     pub(super) fn replace(&self, source: GoogleCredentials) {
-        *self.state() = State { source, session: None };
+        *self.state() = State { source, session: None, refused: None };
     }
 
-    /// The credentials in use, and whether they were begun just now.
+    /// The credentials in use, and whether their token is a new one.
     pub(super) fn session(&self) -> Result<(Arc<Session>, bool), KmsError> {
         let mut state = self.state();
         if let Some(session) = &state.session {
             return Ok((Arc::clone(session), false));
         }
         let origin = state.source.origin();
-        let begun = state
-            .source
-            .load(&self.universe)
-            .and_then(|loaded| loaded.begin().map_err(|what| format!("{origin}: they {what}")));
+        let (mut signs, last) = (false, Last::default());
+        let begun = state.source.load(&self.universe).and_then(|loaded| {
+            signs = matches!(loaded, Loaded::Json(Kind::ServiceAccount | Kind::Impersonated, _));
+            loaded.begin(&last, state.refused.clone()).map_err(|what| format!("{origin}: they {what}"))
+        });
         let credentials = begun.map_err(|text| KmsError::with_source(KmsClass::Misconfigured, text))?;
-        let renewable = !matches!(state.source.0, Source::Fixed(_));
-        let session = Arc::new(Session { credentials, renewable, origin });
+        let renewal = match state.source.0 {
+            Source::Function(_) => Renewal::Ask,
+            Source::Sdk(_) => Renewal::Impossible,
+            Source::Anonymous => Renewal::Pointless,
+            _ => Renewal::Begin,
+        };
+        let session = Arc::new(Session { credentials, renewal, last, signs, origin });
         state.session = Some(Arc::clone(&session));
-        Ok((session, true))
+        // A function may have kept its token for long, unless it was told of a refusal.
+        Ok((session, renewal != Renewal::Ask || state.refused.is_some()))
     }
 
     /// The next call begins anew, unless that has happened already.
     pub(super) fn forget(&self, session: &Arc<Session>) {
         let mut state = self.state();
         if state.session.as_ref().is_some_and(|current| Arc::ptr_eq(current, session)) {
+            let last = session.last.lock().unwrap_or_else(PoisonError::into_inner).take();
+            state.refused = last.or(state.refused.take());
             state.session = None;
         }
     }
@@ -346,9 +388,11 @@ impl CredentialsProvider for Lent {
     }
 }
 
-type Provide = dyn Fn() -> Result<String, KmsError> + Send + Sync;
-
-struct Provided(Box<Provide>);
+struct Provided {
+    provide: Arc<Provide>,
+    refused: Option<Token>,
+    last: Last,
+}
 
 impl fmt::Debug for Provided {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -359,8 +403,10 @@ impl fmt::Debug for Provided {
 impl CredentialsProvider for Provided {
     async fn headers(&self, _: Extensions) -> Result<CacheableResource<HeaderMap>, CredentialsError> {
         let failed = |error: KmsError| CredentialsError::from_source(false, error);
-        let token = (self.0)().map(Zeroizing::new).map_err(failed)?;
+        let refused = self.refused.as_deref().map(|token| token.as_str());
+        let token = (self.provide)(refused).map(Zeroizing::new).map_err(failed)?;
         let mut bearer = format!("Bearer {}", *token).into_bytes();
+        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(token));
         let value = HeaderValue::from_bytes(&bearer);
         bearer.zeroize();
         let mut value = value.map_err(|_| {
@@ -432,6 +478,8 @@ mod tests {
 
         assert!(matches!(load(&with(None)), Ok(Loaded::MetadataServer)));
         assert!(with(None).origin().contains("metadata server"));
+        let homeless = GoogleCredentials::from_lookup(&|name| (name == "HOME").then(OsString::new));
+        assert!(matches!(homeless.0, Source::ApplicationDefault { well_known: None, .. }));
         std::fs::write(&gcloud, SERVICE_ACCOUNT).unwrap();
         assert!(matches!(load(&with(None)), Ok(Loaded::Json(Kind::ServiceAccount, _))));
         let missing = load(&with(Some(&named))).err().unwrap();

@@ -4,11 +4,12 @@
 //! have said instead (pages of HTML, bare status codes) never is one.
 
 use std::error::Error as StdError;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use google_cloud_auth::errors::CredentialsError;
 use google_cloud_gax::error::Error as CallError;
 use google_cloud_gax::error::rpc::{Code, Status, StatusDetails};
+use http::HeaderMap;
 use serde_json::Value;
 
 use super::name::KeyName;
@@ -16,6 +17,10 @@ use crate::error::{KmsClass, KmsError};
 
 /// Texts of a service are quoted up to so many characters.
 const QUOTED: usize = 300;
+
+/// How the SDK's errors begin that have the answer of an issuer of tokens: for a refresh token, a subject token, and an
+/// impersonation.
+const ISSUERS: [&str; 3] = ["failed to refresh user access token", "failed to exchange token", "failed to fetch token"];
 
 /// The request that failed.
 pub(super) struct Asked<'a> {
@@ -45,6 +50,39 @@ pub(super) fn is_about_credentials(error: &CallError) -> bool {
     error.is_authentication() || error.status().is_some_and(|status| status.code == Code::Unauthenticated)
 }
 
+/// A refusal of a token that was signed for another time than it is: from 10 s before the signature to an hour after it.
+pub(super) fn misled_by_the_clock(error: &CallError, now: SystemTime) -> Option<KmsError> {
+    if error.status()?.code != Code::Unauthenticated {
+        return None;
+    }
+    let theirs = parse_date(error.http_headers()?.get("date")?.to_str().ok()?)?;
+    let (off, how) = match now.duration_since(theirs) {
+        Ok(ahead) => (Some(ahead).filter(|ahead| ahead.as_secs() > 10), "ahead"),
+        Err(behind) => (Some(behind.duration()).filter(|behind| behind.as_secs() > 3600), "behind"),
+    };
+    let seconds = off?.as_secs();
+    Some(misconfigured(format!(
+        "this machine's clock is {seconds} s {how} of Google's, so that the tokens it signs are refused; set the clock"
+    )))
+}
+
+/// `Wed, 21 Oct 2026 07:28:00 GMT`: RFC 9110, section 5.6.7.
+pub(super) fn parse_date(text: &str) -> Option<SystemTime> {
+    const MONTHS: &str = "JanFebMarAprMayJunJulAugSepOctNovDec";
+    let mut fields = text.split_once(", ")?.1.split([' ', ':']);
+    let number = |fields: &mut dyn Iterator<Item = &str>| fields.next()?.parse::<u64>().ok().filter(|n| *n < 10_000);
+    let day = number(&mut fields)?;
+    let month = fields.next().filter(|name| name.len() == 3)?;
+    let month = u64::try_from(MONTHS.find(month).filter(|at| at % 3 == 0)?).ok()? / 3 + 1;
+    let year = number(&mut fields)?.checked_sub(1970)? + 1970;
+    let (hour, minute, second) = (number(&mut fields)?, number(&mut fields)?, number(&mut fields)?);
+    // Years that begin in March, so that a leap day is the last one.
+    let (year, month) = if month > 2 { (year, month - 3) } else { (year - 1, month + 9) };
+    let days = year * 365 + year / 4 - year / 100 + year / 400 + (month * 153 + 2) / 5 + day;
+    let seconds = days.checked_sub(719_469)? * 86_400 + hour * 3600 + minute * 60 + second;
+    SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds))
+}
+
 impl Asked<'_> {
     /// The failure of a request to the key service.
     pub(super) fn failed(&self, error: &CallError) -> KmsError {
@@ -57,15 +95,15 @@ impl Asked<'_> {
                 let said = status.map(|status| quoted(&status.message)).unwrap_or_default();
                 unreachable(format!("{} answered {code}{said}", self.endpoint))
             }
+            (Some(code @ 300..=399), _) => misconfigured(format!(
+                "{} sends requests elsewhere ({code}), not as Cloud KMS does; check the endpoint",
+                self.endpoint
+            )),
             (code, Some(status)) if status.code != Code::Unknown => self.refused(status, code, error),
             (Some(429), _) => throttled(format!("{} answered 429", self.endpoint), retry_after(error)),
             (Some(404), _) => {
                 misconfigured(format!("{} answered 404, not as Cloud KMS does; check the endpoint", self.endpoint))
             }
-            (Some(code @ 300..=399), _) => misconfigured(format!(
-                "{} sends requests elsewhere ({code}), not as Cloud KMS does; check the endpoint",
-                self.endpoint
-            )),
             (Some(code), _) => unclassified(format!("{} answered {code}, not as Cloud KMS does", self.endpoint)),
             (None, _) => self.not_answered(error),
         }
@@ -99,17 +137,7 @@ impl Asked<'_> {
         let said = format!("{}{}", status.code.name(), quoted(&status.message));
         match status.code {
             Code::FailedPrecondition => self.precondition(status, said),
-            Code::PermissionDenied => match reason(status) {
-                // Of the project that pays, not of the key: no verdict on it.
-                Some(
-                    "SERVICE_DISABLED"
-                    | "BILLING_DISABLED"
-                    | "USER_PROJECT_DENIED"
-                    | "CONSUMER_INVALID"
-                    | "CONSUMER_SUSPENDED",
-                ) => misconfigured(format!("the project that is charged for the request may not make it: {said}")),
-                _ => KmsError::with_source(KmsClass::Denied, said),
-            },
+            Code::PermissionDenied => permission_denied(reason(status), said),
             Code::Unauthenticated => {
                 KmsError::with_source(KmsClass::Denied, format!("{said}; the credentials are {}", self.origin))
             }
@@ -200,14 +228,20 @@ impl Asked<'_> {
         let answer = Answer::of(error);
         let said = answer.said.as_deref().map(quoted).unwrap_or_default();
         match answer.status {
-            Some(status @ (401 | 403)) if answer.is_issuers => {
+            // Security Token Service could not fetch the keys of the provider that signed the subject token.
+            Some(_) if answer.is_about_the_provider() => unreachable(format!("{what}{said}")),
+            Some(status @ (401 | 403)) if answer.error.as_deref() == Some("PERMISSION_DENIED") => {
+                permission_denied(answer.reason.as_deref(), format!("{what}: refused with {status}{said}"))
+            }
+            Some(status @ (401 | 403)) if answer.refuses() || answer.is_metadata => {
                 KmsError::with_source(KmsClass::Denied, format!("{what}: refused with {status}{said}"))
             }
             Some(400) if answer.refuses() => KmsError::with_source(KmsClass::Denied, format!("{what}: refused{said}")),
+            Some(429) => throttled(format!("{what}: its issuer answered 429{said}"), answer.retry_after),
             Some(404) if answer.is_metadata => misconfigured(format!(
                 "{what}: it knows none (404); attach a service account to this machine or pod{said}"
             )),
-            Some(408 | 429 | 500..=599) => {
+            Some(408 | 500..=599) => {
                 unreachable(format!("{what}: its issuer answered {}{said}", answer.status.unwrap_or_default()))
             }
             Some(status @ (400 | 404)) if answer.is_issuers => {
@@ -228,14 +262,36 @@ impl Asked<'_> {
     }
 }
 
+/// `PERMISSION_DENIED` with the reason of its `google.rpc.ErrorInfo`; the reasons are those of google/api/error_reason.proto. Only
+/// the want of a right is a verdict, and a reason that is not known here is none.
+fn permission_denied(reason: Option<&str>, said: String) -> KmsError {
+    match reason {
+        None | Some("" | "IAM_PERMISSION_DENIED") => KmsError::with_source(KmsClass::Denied, said),
+        Some(
+            "SERVICE_DISABLED" | "BILLING_DISABLED" | "USER_PROJECT_DENIED" | "CONSUMER_INVALID" | "CONSUMER_SUSPENDED",
+        ) => misconfigured(format!("the project that is charged for the request may not make it: {said}")),
+        // A perimeter around networks and projects, which this machine may have left by a change of address.
+        Some("SECURITY_POLICY_VIOLATED") => {
+            misconfigured(format!("VPC Service Controls do not let the request through: {said}"))
+        }
+        Some("ACCESS_TOKEN_SCOPE_INSUFFICIENT") => misconfigured(format!(
+            "the access token is not for Cloud KMS; give the machine or the token the scope cloud-platform: {said}"
+        )),
+        Some(reason) => unclassified(format!("{said}{}", quoted(reason))),
+    }
+}
+
 /// What is known of the answer of a token's issuer.
 #[derive(Default)]
 struct Answer {
     status: Option<u16>,
     /// The error's code, as OAuth 2.0 or Google name it.
     error: Option<String>,
+    /// The reason of Google's.
+    reason: Option<String>,
     /// What may be quoted.
     said: Option<String>,
+    retry_after: Option<Duration>,
     is_metadata: bool,
     /// That it looks like an issuer's own.
     is_issuers: bool,
@@ -253,28 +309,38 @@ impl Answer {
             if let Some(error) = link.downcast_ref::<CallError>()
                 && let Some(status) = error.http_status_code()
             {
-                // The SDK asks the metadata server so, whose errors are plain text and whose way is no public network.
                 answer.status = answer.status.or(Some(status));
-                answer.is_metadata = true;
-                answer.is_issuers = true;
+                // The metadata server's errors are plain text, and its way is no private one: the SDK obeys HTTP_PROXY there. It
+                // marks every answer as its own.
+                answer.is_metadata |= error.http_headers().is_some_and(is_metadata);
+                answer.retry_after = answer.retry_after.or(retry_after(error));
+                // Impersonation fails so too.
+                if let Some(body) = error.http_payload() {
+                    answer.read(body);
+                }
             }
-            // The SDK puts the body into the text of its error.
+            // The SDK puts the body into the text of its error. What the source of a subject token says is not an issuer's.
             if link.is::<CredentialsError>()
-                && let Some((_, rest)) = link.to_string().split_once("body=<")
+                && let Some((doing, rest)) = link.to_string().split_once(", body=<")
+                && ISSUERS.contains(&doing)
                 && let Some((body, _)) = rest.rsplit_once('>')
             {
-                answer.read(body);
+                answer.read(body.as_bytes());
             }
         }
         answer
     }
 
-    fn read(&mut self, body: &str) {
-        let Ok(body) = serde_json::from_str::<Value>(body) else { return };
+    fn read(&mut self, body: &[u8]) {
+        let Ok(body) = serde_json::from_slice::<Value>(body) else { return };
         let (code, description) = match &body["error"] {
             Value::String(code) => (code.as_str(), body["error_description"].as_str()),
             Value::Object(error) => {
                 let field = |name: &str| error.get(name).and_then(Value::as_str);
+                let details = error.get("details").and_then(Value::as_array).into_iter().flatten();
+                let info = |detail: &&Value| detail["@type"] == "type.googleapis.com/google.rpc.ErrorInfo";
+                self.reason =
+                    details.filter(info).find_map(|detail| detail["reason"].as_str()).map(|reason| reason.to_owned());
                 (field("status").unwrap_or_default(), field("message"))
             }
             _ => return,
@@ -284,13 +350,25 @@ impl Answer {
         self.said = Some(format!("{code} {}", description.unwrap_or_default()).trim().to_owned());
     }
 
-    /// The codes by which OAuth 2.0 refuses credentials: RFC 6749, section 5.2.
+    /// The codes by which OAuth 2.0 refuses credentials, RFC 6749, section 5.2, and Google's name for it. Others say `error`
+    /// too: proxies and gateways.
     fn refuses(&self) -> bool {
         matches!(
             self.error.as_deref(),
-            Some("invalid_grant" | "invalid_client" | "unauthorized_client" | "access_denied")
+            Some("invalid_grant" | "invalid_client" | "unauthorized_client" | "access_denied" | "UNAUTHENTICATED")
         )
     }
+
+    /// Said with `invalid_grant`, but of an outage.
+    fn is_about_the_provider(&self) -> bool {
+        let said = self.said.as_deref().unwrap_or_default();
+        said.contains(" Error connecting to the given credential's issuer")
+    }
+}
+
+/// <https://cloud.google.com/compute/docs/metadata/querying-metadata>
+fn is_metadata(headers: &HeaderMap) -> bool {
+    headers.get("metadata-flavor").is_some_and(|flavor| flavor == "Google")
 }
 
 /// The error and its sources.

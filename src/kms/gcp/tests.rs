@@ -30,7 +30,11 @@ fn refused<T>(outcome: Result<T>) -> String {
 #[test]
 fn a_wrong_setting_is_told_with_its_variable_and_an_example() {
     type Case = (&'static [(&'static str, &'static str)], &'static [&'static str]);
-    let cases: [Case; 7] = [
+    let cases: [Case; 8] = [
+        (
+            &[("PAGESEAL_GCP_KEY", KEY), ("GOOGLE_CLOUD_UNIVERSE_DOMAIN", "")],
+            &["GOOGLE_CLOUD_UNIVERSE_DOMAIN or the universe domain is set to nothing"],
+        ),
         (&[], &["PAGESEAL_GCP_KEY is not set", EXAMPLE]),
         (&[("PAGESEAL_GCP_KEY", "")], &["PAGESEAL_GCP_KEY is not set", EXAMPLE]),
         (&[("PAGESEAL_GCP_KEY", "my-key")], &["PAGESEAL_GCP_KEY: piece 1 must be \"projects\"", EXAMPLE]),
@@ -264,13 +268,35 @@ fn every_code_has_its_class_and_a_failing_server_is_believed_nothing() {
         |reason: &str| format!(r#"{{"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": "{reason}"}}"#);
     for (reason, expected) in [
         ("IAM_PERMISSION_DENIED", Denied),
-        ("A_NEW_REASON", Denied),
+        ("A_NEW_REASON", Unclassified),
+        ("SECURITY_POLICY_VIOLATED", Misconfigured),
+        ("ACCESS_TOKEN_SCOPE_INSUFFICIENT", Misconfigured),
         ("SERVICE_DISABLED", Misconfigured),
         ("BILLING_DISABLED", Misconfigured),
         ("USER_PROJECT_DENIED", Misconfigured),
         ("CONSUMER_SUSPENDED", Misconfigured),
     ] {
         assert_eq!(class_of(403, "PERMISSION_DENIED", "", &info(reason)), expected, "{reason}");
+    }
+}
+
+#[test]
+fn a_date_is_its_second() {
+    let seconds =
+        |text| failure::parse_date(text).map(|date| date.duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs());
+    assert_eq!(seconds("Thu, 01 Jan 1970 00:00:00 GMT"), Some(0));
+    assert_eq!(seconds("Sun, 06 Nov 1994 08:49:37 GMT"), Some(784_111_777));
+    assert_eq!(seconds("Tue, 29 Feb 2000 12:00:00 GMT"), Some(951_825_600));
+    assert_eq!(seconds("Wed, 21 Oct 2026 07:28:00 GMT"), Some(1_792_567_680));
+    for wrong in [
+        "",
+        "x",
+        "Wed, 21 Oct",
+        "Wed, 21 ctN 2026 07:28:00 GMT",
+        "Wed, 1 Jan 1 0:0:0 GMT",
+        "a, 99999999999999999999 Jan",
+    ] {
+        assert_eq!(seconds(wrong), None, "{wrong}");
     }
 }
 
@@ -290,6 +316,31 @@ fn what_a_service_says_is_quoted_within_bounds_and_on_one_line() {
     let key = KeyName::parse(KEY).unwrap();
     let text = Asked { key: &key, endpoint: "e", origin: "o", record: None }.failed(&error).to_string();
     assert!(text.len() < 500 && !text.chars().any(char::is_control) && text.contains("a b"), "{text}");
+}
+
+#[test]
+fn a_refusal_of_credentials_that_cannot_fetch_a_token_anew_is_no_verdict() {
+    use std::io::{Read, Write};
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let endpoint = format!("http://{}", listener.local_addr().unwrap());
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            let _ = stream.read(&mut [0; 65536]);
+            let body = r#"{"error": {"code": 401, "status": "UNAUTHENTICATED", "message": "No."}}"#;
+            let head = format!("HTTP/1.1 401 No\r\nConnection: close\r\nContent-Length: {}\r\n\r\n", body.len());
+            let _ = stream.write_all((head + body).as_bytes());
+        }
+    });
+    let class = |credentials| {
+        let wrapper = GoogleKms::builder(KEY).endpoint(&endpoint).credentials(credentials).build().unwrap();
+        let cx = crate::testing::conformance::context(Duration::from_secs(10));
+        wrapper.wrap_key(&payload(9), &cx).unwrap_err().class
+    };
+    let sdk = google_cloud_auth::credentials::anonymous::Builder::new().build();
+    assert_eq!(class(GoogleCredentials::sdk(sdk)), KmsClass::Unclassified);
+    assert_eq!(class(GoogleCredentials::access_token(|_| Ok("t".into()))), KmsClass::Denied);
+    assert_eq!(class(GoogleCredentials::anonymous()), KmsClass::Denied);
 }
 
 #[test]
@@ -320,7 +371,7 @@ fn the_end_of_a_call_in_want_of_a_token_throws_the_credentials_away() {
 
 #[test]
 fn debug_shows_the_key_and_no_credentials() {
-    let builder = GoogleKms::builder(KEY).credentials(GoogleCredentials::access_token(|| Ok("SECRET".into())));
+    let builder = GoogleKms::builder(KEY).credentials(GoogleCredentials::access_token(|_| Ok("SECRET".into())));
     let shown = format!("{builder:?} {:?}", builder.clone().build().unwrap());
     assert!(shown.contains(KEY) && !shown.contains("SECRET"), "{shown}");
 }

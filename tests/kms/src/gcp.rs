@@ -56,7 +56,7 @@ fn wrapper_of(key: &str, front: &Front, credentials: GoogleCredentials) -> Googl
 /// Credentials that are always this token.
 pub fn token(token: &str) -> GoogleCredentials {
     let token = token.to_owned();
-    GoogleCredentials::access_token(move || Ok(token.clone()))
+    GoogleCredentials::access_token(move |_| Ok(token.clone()))
 }
 
 impl KeyService for Fake {

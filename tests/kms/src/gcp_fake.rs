@@ -35,13 +35,13 @@ macro_rules! bodies {
 pub const BODIES: &[(&str, &str)] = bodies! {
     "aborted.json" "api_not_used_before.json" "billing_disabled.json" "cancelled.json" "checksum_mismatch.json"
     "ciphertext_invalid.json" "ciphertext_wrong_context.json" "ciphertext_wrong_key.json" "credentials_missing.json"
-    "deadline_exceeded.json" "denied_in_a_server_error.json" "impersonation_denied.json" "internal.json"
+    "deadline_exceeded.json" "denied_in_a_server_error.json" "gateway_forbidden.json" "impersonation_denied.json" "internal.json"
     "key_not_found.json" "metadata_403.txt" "permission_denied.json" "permission_denied_message_only.json"
     "precondition_other.json" "proxy_403.html" "proxy_502.html" "quota.json" "quota_retry_info.json" "robot_404.html"
     "scope_insufficient.json" "service_disabled.json" "state_contradictory.json" "state_destroy_scheduled.json"
     "state_destroyed.json" "state_destroyed_message_only.json" "state_disabled.json" "state_disabled_message_only.json"
     "state_import_failed.json" "state_of_another_key.json" "state_of_another_version.json" "state_pending_generation.json"
-    "state_pending_import.json" "state_unknown.json" "sts_attribute_condition.json" "sts_invalid_target.json"
+    "state_pending_import.json" "state_unknown.json" "sts_attribute_condition.json" "sts_invalid_target.json" "sts_issuer_unreachable.json"
     "token_invalid_client.json" "token_invalid_grant.json" "token_invalid_rapt.json" "token_invalid_request.json"
     "token_unauthorized_client.json" "unauthenticated.json" "unavailable.json" "unimplemented.json" "unknown.json"
     "user_project_denied.json" "vpc_service_controls.json" "without_status.json" "wrong_purpose.json"
@@ -334,14 +334,15 @@ impl State {
         }
     }
 
-    /// As Compute Engine and GKE serve it.
+    /// As Compute Engine and GKE serve it: every answer says whose it is.
     fn metadata_token(&self, request: &Request) -> Answer {
-        match request.header("metadata-flavor") {
+        let answer = match request.header("metadata-flavor") {
             Some("Google") => {
                 Answer::json("200 OK", json!({"access_token": self.issued, "token_type": "Bearer", "expires_in": 3599}))
             }
             _ => Answer::json("403 Forbidden", "Missing required header"),
-        }
+        };
+        answer.header("Metadata-Flavor", "Google")
     }
 
     fn key_service(&self, path: &str, request: &Request) -> Result<Answer, Answer> {

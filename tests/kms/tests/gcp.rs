@@ -146,7 +146,7 @@ const SERVICE: &[(&str, &str, KmsClass)] = &[
     ("quota.json", "429 Too Many Requests", KmsClass::Throttled),
     ("quota_retry_info.json", "429 Too Many Requests", KmsClass::Throttled),
     ("robot_404.html", "404 Not Found", KmsClass::Misconfigured),
-    ("scope_insufficient.json", "403 Forbidden", KmsClass::Denied),
+    ("scope_insufficient.json", "403 Forbidden", KmsClass::Misconfigured),
     ("service_disabled.json", "403 Forbidden", KmsClass::Misconfigured),
     ("state_contradictory.json", "400 Bad Request", KmsClass::Unclassified),
     ("state_destroy_scheduled.json", "400 Bad Request", KmsClass::Deleted),
@@ -165,7 +165,7 @@ const SERVICE: &[(&str, &str, KmsClass)] = &[
     ("unimplemented.json", "501 Not Implemented", KmsClass::Misconfigured),
     ("unknown.json", "500 Internal Server Error", KmsClass::Unreachable),
     ("user_project_denied.json", "403 Forbidden", KmsClass::Misconfigured),
-    ("vpc_service_controls.json", "403 Forbidden", KmsClass::Denied),
+    ("vpc_service_controls.json", "403 Forbidden", KmsClass::Misconfigured),
     ("without_status.json", "403 Forbidden", KmsClass::Unclassified),
     ("wrong_purpose.json", "400 Bad Request", KmsClass::Misconfigured),
 ];
@@ -180,10 +180,14 @@ const ISSUER: &[(&str, &str, KmsClass)] = &[
     ("token_invalid_rapt.json", "400 Bad Request", KmsClass::Denied),
     ("token_invalid_request.json", "400 Bad Request", KmsClass::Misconfigured),
     ("token_unauthorized_client.json", "400 Bad Request", KmsClass::Denied),
+    ("sts_issuer_unreachable.json", "400 Bad Request", KmsClass::Unreachable),
+    ("gateway_forbidden.json", "401 Unauthorized", KmsClass::Unclassified),
+    ("gateway_forbidden.json", "403 Forbidden", KmsClass::Unclassified),
+    ("service_disabled.json", "403 Forbidden", KmsClass::Misconfigured),
     ("proxy_403.html", "403 Forbidden", KmsClass::Unclassified),
     ("proxy_502.html", "502 Bad Gateway", KmsClass::Unreachable),
     ("unavailable.json", "503 Service Unavailable", KmsClass::Unreachable),
-    ("quota.json", "429 Too Many Requests", KmsClass::Unreachable),
+    ("quota.json", "429 Too Many Requests", KmsClass::Throttled),
 ];
 
 /// Asked of a metadata server in `the_environment_decides_where_tokens_come_from`.
@@ -206,7 +210,7 @@ fn every_body_is_answered_once_and_its_origin_is_written_down() {
 }
 
 #[test]
-fn every_answer_of_the_key_service_has_its_class_and_costs_one_request() {
+fn every_answer_of_the_key_service_has_its_class_and_no_request_is_repeated_but_with_another_token() {
     let fake = Fake::start();
     let wrapped = wrap(fake.google()).unwrap();
     for &(file, status, expected) in SERVICE {
@@ -214,7 +218,9 @@ fn every_answer_of_the_key_service_has_its_class_and_costs_one_request() {
         fake.cloud.take_seen();
         let error = unwrap(fake.google(), &wrapped).unwrap_err();
         assert_eq!(error.class, expected, "{file}: {error}");
-        assert_eq!(fake.cloud.take_seen().len(), 1, "{file}");
+        // A refused token is not the last one.
+        let requests = if status.starts_with("401") { 2 } else { 1 };
+        assert_eq!(fake.cloud.take_seen().len(), requests, "{file}");
         // Encrypting has no ciphertext to complain of, and no record to compare with.
         let error = wrap(fake.google()).unwrap_err();
         let expected = match (expected, file) {
@@ -280,6 +286,30 @@ fn garbage_is_no_key_and_no_verdict() {
             let error = unwrap(fake.google(), &wrapped).unwrap_err();
             assert!(!error.class.is_revocation(), "{status} {answer}: {error}");
         }
+    }
+}
+
+#[test]
+fn a_redirection_is_not_followed_and_what_it_says_is_no_verdict() {
+    let fake = Fake::start();
+    let wrapped = wrap(fake.google()).unwrap();
+    let elsewhere = FakeCloudKms::start();
+    for status in ["301 Moved Permanently", "302 Found", "303 See Other", "307 Temporary Redirect", "308 Moved"] {
+        for text in ["", body("permission_denied.json")] {
+            let url = elsewhere.url();
+            fake.cloud.answer_with(move |request| {
+                Some(Answer::json(status, text).header("Location", &format!("{url}{}", request.target)))
+            });
+            for error in [wrap(fake.google()).unwrap_err(), unwrap(fake.google(), &wrapped).unwrap_err()] {
+                assert_eq!(error.class, KmsClass::Misconfigured, "{status}: {error}");
+                assert!(error.to_string().contains("sends requests elsewhere"), "{status}: {error}");
+            }
+        }
+    }
+    assert_eq!(elsewhere.take_seen(), [], "nothing goes to another host, least of all a key");
+    // Nor is a small answer that unpacks to a huge one asked for.
+    for (_, headers) in fake.cloud.take_seen() {
+        assert!(!headers.iter().any(|(name, _)| name.eq_ignore_ascii_case("accept-encoding")), "{headers:?}");
     }
 }
 
@@ -398,6 +428,29 @@ fn a_service_account_signs_its_tokens_itself() {
     let error = unwrap(&wrapper, &wrapped).unwrap_err();
     assert_eq!(error.class, KmsClass::Misconfigured, "{error}");
     assert!(error.to_string().contains("key.json cannot be read"), "{error}");
+}
+
+#[test]
+fn a_wrong_clock_is_told_and_is_no_verdict() {
+    let fake = Fake::start();
+    let signing = fake.wrapper_with(GoogleCredentials::json(service_account(&fake.cloud)));
+    let dated = |date: &'static str| {
+        fake.cloud.answer_with(move |_| {
+            Some(Answer::json("401 Unauthorized", body("unauthenticated.json")).header("Date", date))
+        });
+    };
+    for (date, how) in [("Tue, 01 Jan 2019 00:00:00 GMT", "ahead"), ("Thu, 01 Jan 2099 00:00:00 GMT", "behind")] {
+        dated(date);
+        let error = wrap(&signing).unwrap_err();
+        assert_eq!(error.class, KmsClass::Misconfigured, "{error}");
+        assert!(error.to_string().contains("clock is ") && error.to_string().contains(how), "{error}");
+        // A token that somebody else made says nothing about this clock.
+        assert_eq!(class(&wrap(fake.google())), Some(KmsClass::Denied));
+    }
+    for date in ["", "yesterday"] {
+        dated(date);
+        assert_eq!(class(&wrap(&signing)), Some(KmsClass::Denied));
+    }
 }
 
 #[test]
@@ -530,10 +583,25 @@ fn a_token_that_grew_old_in_the_cache_is_renewed_before_anything_is_concluded() 
 }
 
 #[test]
+fn the_callers_function_is_told_of_a_refusal_before_anything_is_concluded() {
+    let fake = Fake::start();
+    let wrapper = fake.wrapper_with(GoogleCredentials::access_token(|refused| {
+        let cached = "ya29.kept-while-the-machine-slept";
+        Ok(if refused == Some(cached) { GOOD_TOKEN } else { cached }.into())
+    }));
+    let wrapped = wrap(&wrapper).unwrap();
+    unwrap(&wrapper, &wrapped).unwrap();
+    fake.cloud.revoke_token(GOOD_TOKEN);
+    assert_eq!(class(&unwrap(&wrapper, &wrapped)), Some(KmsClass::Denied));
+    fake.cloud.accept_token(GOOD_TOKEN);
+    unwrap(&wrapper, &wrapped).unwrap();
+}
+
+#[test]
 fn the_callers_function_classifies_its_own_failures() {
     let fake = Fake::start();
     let failing = |class: KmsClass| {
-        GoogleCredentials::access_token(move || {
+        GoogleCredentials::access_token(move |_| {
             Err(KmsError::with_source(class, "the vault of tokens said so").retry_after(Duration::from_secs(4)))
         })
     };
@@ -570,6 +638,43 @@ fn workload_identity_federation_exchanges_the_token_in_a_file() {
     let error = wrap(&fake.wrapper_with(GoogleCredentials::json(config.to_string()))).unwrap_err();
     assert_eq!(error.class, KmsClass::Misconfigured, "{error}");
     assert!(error.to_string().contains("No such file"), "{error}");
+}
+
+#[test]
+fn what_the_source_of_a_subject_token_says_is_no_verdict_and_what_an_impersonation_says_is_one() {
+    let fake = Fake::start();
+    fake.cloud.accept_for_exchange("SUBJECT-TOKEN");
+    let url = |path: &str| format!("{}{path}", fake.cloud.url());
+    let config = json!({
+        "type": "external_account",
+        "audience": "//iam.googleapis.com/projects/1/locations/global/workloadIdentityPools/p/providers/k8s",
+        "subject_token_type": "urn:ietf:params:oauth:token-type:jwt",
+        "token_url": url("/token"),
+        "service_account_impersonation_url": url("/impersonate"),
+        "credential_source": {"url": url("/subject")},
+    });
+    let class_with = |path: &'static str, status: &'static str, text: &'static str| {
+        fake.cloud.answer_with(move |request: &Request| match request.path() {
+            asked if asked == path => Some(Answer::json(status, text)),
+            "/subject" => Some(Answer::json("200 OK", "SUBJECT-TOKEN")),
+            _ => None,
+        });
+        let error = wrap(&fake.wrapper_with(GoogleCredentials::json(config.to_string()))).unwrap_err();
+        (error.class, error.to_string())
+    };
+    for file in ["token_invalid_client.json", "impersonation_denied.json", "gateway_forbidden.json", "proxy_403.html"] {
+        let (class, said) = class_with("/subject", "403 Forbidden", body(file));
+        assert_eq!(class, KmsClass::Unclassified, "{file}: {said}");
+    }
+    for (file, expected) in [
+        ("impersonation_denied.json", KmsClass::Denied),
+        ("service_disabled.json", KmsClass::Misconfigured),
+        ("gateway_forbidden.json", KmsClass::Unclassified),
+        ("proxy_403.html", KmsClass::Unclassified),
+    ] {
+        let (class, said) = class_with("/impersonate", "403 Forbidden", body(file));
+        assert_eq!(class, expected, "{file}: {said}");
+    }
 }
 
 /// Runs one test in a process whose environment is only this, and returns what it said on both channels.
@@ -611,20 +716,30 @@ fn the_environment_decides_where_tokens_come_from() {
     let (url, metadata) = (fake.cloud.url(), fake.cloud.address().to_string());
     let from_metadata = [("PAGESEAL_GCP_ENDPOINT", url.as_str()), ("GCE_METADATA_HOST", metadata.as_str())];
     assert_eq!(child(&from_metadata), "good");
-    let metadata_says = |status: &'static str, text: &'static str| {
+    let metadata_says = |status: &'static str, flavor: Option<&'static str>, text: &'static str| {
         fake.cloud.answer_with(move |request: &Request| {
-            request.path().starts_with("/computeMetadata").then(|| Answer::json(status, text))
+            let answer = Answer::json(status, text);
+            let answer = flavor.into_iter().fold(answer, |answer, flavor| answer.header("Metadata-Flavor", flavor));
+            request.path().starts_with("/computeMetadata").then_some(answer)
         });
         child(&from_metadata)
     };
-    for (status, text, expected) in [
-        ("403 Forbidden", body("metadata_403.txt"), "Denied: "),
-        ("404 Not Found", "", "Misconfigured: "),
-        ("500 Internal Server Error", "", "Unreachable: "),
-        ("200 OK", "<html></html>", "Unclassified: "),
+    // The SDK takes HTTP_PROXY for the way to the metadata server: a refusal counts only if it is the server's own.
+    for (status, flavor, text, expected) in [
+        ("403 Forbidden", Some("Google"), body("metadata_403.txt"), "Denied: "),
+        ("403 Forbidden", None, body("metadata_403.txt"), "Unclassified: "),
+        ("403 Forbidden", Some("Squid"), body("metadata_403.txt"), "Unclassified: "),
+        ("403 Forbidden", None, body("proxy_403.html"), "Unclassified: "),
+        ("401 Unauthorized", None, "", "Unclassified: "),
+        ("404 Not Found", Some("Google"), "", "Misconfigured: "),
+        ("500 Internal Server Error", Some("Google"), "", "Unreachable: "),
+        ("200 OK", Some("Google"), "<html></html>", "Unclassified: "),
     ] {
-        let outcome = metadata_says(status, text);
-        assert!(outcome.starts_with(expected) && outcome.contains("the metadata server"), "{status}: {outcome}");
+        let outcome = metadata_says(status, flavor, text);
+        assert!(
+            outcome.starts_with(expected) && outcome.contains("the metadata server"),
+            "{status} {flavor:?}: {outcome}"
+        );
     }
     fake.cloud.answer_itself();
     let nobody = [("PAGESEAL_GCP_ENDPOINT", url.as_str()), ("GCE_METADATA_HOST", "127.0.0.1:1")];
