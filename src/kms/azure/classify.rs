@@ -78,6 +78,12 @@ pub(super) fn vault_refusal(operation: Operation, status: u16, headers: &Headers
         Refusal { error, detail }
     };
     let class = match (status, said.code.as_deref()) {
+        // The vault could not get Entra ID's keys to verify a token with, and will; another token does not help.
+        (401, Some(_)) if said.message.starts_with("AKV10046:") => KmsClass::Unreachable,
+        // A token for something else, or of another tenant than the vault's.
+        (401, Some(_)) if ["AKV10022:", "AKV10032:"].iter().any(|code| said.message.starts_with(code)) => {
+            KmsClass::Misconfigured
+        }
         (401, _) if challenged(headers) || said.code.is_some() => {
             return refusal(KmsClass::Denied, Detail::Unauthorized);
         }

@@ -374,6 +374,26 @@ fn every_answer_of_a_vault_has_its_class() {
 }
 
 #[test]
+fn a_401_that_is_no_verdict_on_the_identity_is_not_taken_for_one() {
+    use KmsClass::*;
+    let cases = [
+        (body!("signing-key-unresolved.json"), Unreachable),
+        (body!("wrong-issuer.json"), Misconfigured),
+        (body!("wrong-audience.json"), Misconfigured),
+    ];
+    let service = rsa();
+    round_trip(service.azure()).unwrap();
+    for (body, expected) in cases {
+        service.fake.world().vault_says = Some(Answer::json("401 Unauthorized", body));
+        service.fake.world().log.clear();
+        let outcome = round_trip(service.azure());
+        assert_eq!(class(&outcome), Some(expected), "{}", text(&outcome));
+        assert!(text(&outcome).contains("AKV100"), "{}", text(&outcome));
+        assert_eq!(service.fake.world().count(&format!("POST /{TENANT}")), 0, "another token would not help");
+    }
+}
+
+#[test]
 fn the_vaults_own_words_are_quoted_on_one_line() {
     let service = rsa();
     service.fake.world().vault_says = Some(Answer::json("403 Forbidden", body!("rbac.json")));
