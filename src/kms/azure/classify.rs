@@ -145,6 +145,7 @@ pub(super) fn token_refusal(peer: Peer, status: u16, headers: &Headers, body: &[
     let said = Said::token(body);
     let class = match (status, said.code.as_deref()) {
         (429, _) => KmsClass::Throttled,
+        (400..=499, Some(_)) if let Some(class) = entra_in_trouble(&said.message) => class,
         (408 | 500..=599, _) => KmsClass::Unreachable,
         // The endpoint is being updated, or the identity's tokens are not there yet: it is to be asked again.
         (404 | 410, _) if peer == Peer::Identity => KmsClass::Unreachable,
@@ -170,8 +171,22 @@ pub(super) fn token_refusal(peer: Peer, status: u16, headers: &Headers, body: &[
         _ => KmsClass::Unclassified,
     };
     let mut failure = Failure::new(class, said.text(peer, status, body));
-    failure.retry_after = if matches!(status, 429 | 503) { retry_after(headers) } else { None };
+    let comes_back = class == KmsClass::Throttled || status == 503;
+    failure.retry_after = if comes_back { retry_after(headers) } else { None };
     failure
+}
+
+/// What Entra ID says under the codes of refusals though it refuses nobody: the number goes before the code.
+/// <https://learn.microsoft.com/entra/identity-platform/reference-error-codes>
+fn entra_in_trouble(message: &str) -> Option<KmsClass> {
+    let number = message.strip_prefix("AADSTS")?;
+    match number.split(|c: char| !c.is_ascii_digit()).next()? {
+        // Too many requests of the same client ("invalid_grant").
+        "50196" => Some(KmsClass::Throttled),
+        // A transient error; and an issuer of federated tokens whose keys Entra ID could not get.
+        "90033" | "50166" | "90061" | "900612" => Some(KmsClass::Unreachable),
+        _ => None,
+    }
 }
 
 fn no_identity(message: &str) -> bool {
@@ -345,6 +360,29 @@ mod tests {
                 assert_eq!(vault(Operation::Unwrap, status, body).0, Unreachable);
             }
         }
+    }
+
+    #[test]
+    fn the_number_of_an_entra_error_goes_before_its_code() {
+        use KmsClass::*;
+        let class = |number: &str, code: &str| {
+            let body = format!(r#"{{"error":"{code}","error_description":"AADSTS{number}: m"}}"#);
+            token_refusal(Peer::Entra, 400, &Headers::new(), body.as_bytes()).class
+        };
+        for code in ["invalid_grant", "invalid_request", "invalid_client", "unauthorized_client"] {
+            assert_eq!(class("50196", code), Throttled, "{code}");
+            for number in ["90061", "50166", "900612", "90033"] {
+                assert_eq!(class(number, code), Unreachable, "{number} {code}");
+            }
+        }
+        // Longer numbers are other errors.
+        assert_eq!(class("501960", "invalid_grant"), Denied);
+        assert_eq!(class("7000215", "invalid_client"), Denied);
+        let mut headers = Headers::new();
+        headers.insert("retry-after", "300");
+        let body = br#"{"error":"invalid_grant","error_description":"AADSTS50196: m"}"#;
+        let failure = token_refusal(Peer::Entra, 400, &headers, body);
+        assert_eq!(failure.retry_after, Some(Duration::from_secs(300)));
     }
 
     #[test]

@@ -394,6 +394,22 @@ fn a_401_that_is_no_verdict_on_the_identity_is_not_taken_for_one() {
 }
 
 #[test]
+fn a_token_endpoint_in_trouble_or_that_is_asked_too_often_refuses_nobody() {
+    use KmsClass::*;
+    let cases = [
+        (body!("token-loop.json"), Throttled),
+        (body!("token-issuer-unreachable.json"), Unreachable),
+        (body!("token-transient.json"), Unreachable),
+    ];
+    let service = rsa();
+    for (body, expected) in cases {
+        service.fake.world().token_says = Some(Answer::json("400 Bad Request", body));
+        let outcome = round_trip(service.azure());
+        assert_eq!(class(&outcome), Some(expected), "{}", text(&outcome));
+    }
+}
+
+#[test]
 fn the_vaults_own_words_are_quoted_on_one_line() {
     let service = rsa();
     service.fake.world().vault_says = Some(Answer::json("403 Forbidden", body!("rbac.json")));
