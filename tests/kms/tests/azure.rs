@@ -410,6 +410,24 @@ fn a_token_endpoint_in_trouble_or_that_is_asked_too_often_refuses_nobody() {
 }
 
 #[test]
+fn tokens_that_the_vault_refuses_are_not_asked_for_without_end() {
+    let service = rsa();
+    round_trip(service.azure()).unwrap();
+    service.fake.world().log.clear();
+    // A fresh token is refused, and a little later still is.
+    service.fake.world().says.push(("POST /keys/", Answer::json("401 Unauthorized", body!("token-expired.json"))));
+    for _ in 0..10 {
+        assert_eq!(class(&round_trip(service.azure())), Some(KmsClass::Denied));
+    }
+    let asked = service.fake.world().count(&format!("POST /{TENANT}"));
+    assert!(asked <= 2, "{asked} tokens for ten calls");
+    // Other credentials are tried at once.
+    service.fake.world().says.clear();
+    service.azure().replace_credentials(good_credential()).unwrap();
+    assert_eq!(class(&round_trip(service.azure())), None);
+}
+
+#[test]
 fn the_vaults_own_words_are_quoted_on_one_line() {
     let service = rsa();
     service.fake.world().vault_says = Some(Answer::json("403 Forbidden", body!("rbac.json")));
