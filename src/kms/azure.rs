@@ -161,6 +161,7 @@ impl AzureKeyVault {
     /// | `PAGESEAL_AZURE_ANY_CHALLENGE` | `1`: as [`AzureKeyVaultBuilder::accept_any_challenge`] |
     /// | `AZURE_AUTHORITY_HOST` | the token endpoint of a sovereign cloud |
     /// | `AZURE_TENANT_ID`, `AZURE_CLIENT_ID`, `AZURE_CLIENT_SECRET`, `AZURE_FEDERATED_TOKEN_FILE` | the credential: [`AzureCredential::from_environment`] |
+    /// | `AZURE_TOKEN_CREDENTIALS` | `dev` for the Azure CLI alone, `prod` for all but it |
     /// | `IDENTITY_ENDPOINT`, `IDENTITY_HEADER` | where a managed identity gets its tokens; set by App Service |
     ///
     /// # Errors

@@ -225,7 +225,7 @@ pub(super) fn credential_failure(error: &azure_core::Error) -> KmsError {
     KmsError::with_source(class, text)
 }
 
-fn failure_in(error: &azure_core::Error) -> Option<&Failure> {
+pub(super) fn failure_in(error: &azure_core::Error) -> Option<&Failure> {
     sources(error).find_map(|error| error.downcast_ref::<Failure>())
 }
 

@@ -832,6 +832,61 @@ fn from_env_asks_the_azure_cli_last_and_says_why_nothing_gave_a_token() {
 }
 
 #[test]
+fn an_identity_endpoint_in_trouble_lets_nobody_else_answer_for_it() {
+    let fake = FakeKeyVault::start(Kind::Rsa);
+    let way = Front::before(fake.identity_url()[7..].trim_end_matches("/msi/token").parse().unwrap()).unwrap();
+    let identity = format!("http://{}/msi/token", way.address());
+    let place = Directory::new();
+    // Somebody is logged in to the Azure CLI, and could use the key.
+    let (az, marker) = (place.0.join("az"), place.0.join("asked"));
+    let token = fake.world().give();
+    let script = format!(
+        "#!/bin/sh\ntouch {}\necho '{{\"accessToken\": \"{token}\", \"expires_on\": 4102444800, \"tokenType\": \"Bearer\"}}'\n",
+        marker.display()
+    );
+    std::fs::write(&az, script).unwrap();
+    std::fs::set_permissions(&az, std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
+    let path = format!("{}:/usr/bin:/bin", place.0.display());
+    let variables =
+        [("IDENTITY_ENDPOINT", identity.as_str()), ("IDENTITY_HEADER", "the-identity-header"), ("PATH", &path)];
+    let answers = [
+        ("Unreachable", Answer::json("500 Internal Server Error", "")),
+        ("Unreachable", Answer::json("410 Gone", "")),
+        ("Throttled", Answer::json("429 Too Many Requests", body!("identity-throttled.json"))),
+        ("Unclassified", Answer::json("403 Forbidden", body!("proxy-403.html"))),
+    ];
+    for (expected, answer) in answers {
+        fake.world().token_says = Some(answer);
+        let said = in_child(&fake, &variables);
+        assert!(said.starts_with(expected) && said.contains("Azure CLI: not asked"), "{said}");
+    }
+    fake.world().token_says = None;
+    for passage in [Passage::Hang, Passage::Reset] {
+        way.set(passage);
+        let said = in_child(&fake, &variables);
+        assert!(said.starts_with("Unreachable"), "{said}");
+    }
+    assert!(!marker.exists());
+    // Who has no such identity, as a developer's machine, says so.
+    way.set(Passage::Open);
+    fake.world().token_says = Some(Answer::json("400 Bad Request", body!("identity-not-found.json")));
+    let said = in_child(&fake, &variables);
+    assert!(said.starts_with("ok ") && marker.exists(), "{said}");
+    // Or is told to ask nobody else.
+    let with = |value| [variables[0], variables[1], variables[2], ("AZURE_TOKEN_CREDENTIALS", value)];
+    fake.world().token_says = Some(Answer::json("500 Internal Server Error", ""));
+    for value in ["dev", "AzureCliCredential"] {
+        let said = in_child(&fake, &with(value));
+        assert!(said.starts_with("ok "), "{said}");
+    }
+    fake.world().token_says = Some(Answer::json("400 Bad Request", body!("identity-not-found.json")));
+    let said = in_child(&fake, &with("prod"));
+    assert!(said.starts_with("Misconfigured ") || said.starts_with("Denied "), "{said}");
+    let said = in_child(&fake, &with("VisualStudioCredential"));
+    assert!(said.starts_with("settings Misconfigured") && said.contains("AZURE_TOKEN_CREDENTIALS"), "{said}");
+}
+
+#[test]
 fn from_env_names_the_variable_that_is_wrong() {
     let fake = FakeKeyVault::start(Kind::Oct);
     let cases = [
