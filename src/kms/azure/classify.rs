@@ -149,7 +149,9 @@ pub(super) fn token_refusal(peer: Peer, status: u16, headers: &Headers, body: &[
         (408 | 500..=599, _) => KmsClass::Unreachable,
         // The endpoint is being updated, or the identity's tokens are not there yet: it is to be asked again.
         (404 | 410, _) if peer == Peer::Identity => KmsClass::Unreachable,
-        (400, _) if peer == Peer::Identity && no_identity(&said.message) => KmsClass::Denied,
+        // IMDS says so too for a while on machines that have one (Azure/aad-pod-identity#681, #1102), and it is no verdict of
+        // the vault: an identity that was taken away is refused there.
+        (400, _) if peer == Peer::Identity && no_identity(&said.message) => KmsClass::Misconfigured,
         (_, Some("temporarily_unavailable" | "server_error")) => KmsClass::Unreachable,
         (
             400 | 401 | 403,

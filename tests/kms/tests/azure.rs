@@ -775,7 +775,7 @@ fn from_env_uses_a_workload_identity() {
 }
 
 #[test]
-fn from_env_uses_a_managed_identity_which_is_denied_only_if_it_is_not_assigned() {
+fn from_env_uses_a_managed_identity_whose_absence_is_no_verdict_of_the_vault() {
     let fake = FakeKeyVault::start(Kind::Rsa);
     let identity = fake.identity_url();
     let system = [("IDENTITY_ENDPOINT", identity.as_str()), ("IDENTITY_HEADER", "the-identity-header")];
@@ -785,9 +785,9 @@ fn from_env_uses_a_managed_identity_which_is_denied_only_if_it_is_not_assigned()
     let said = in_child(&fake, &user(CLIENT));
     assert!(said.starts_with("ok "), "{said}");
     let said = in_child(&fake, &user("somebody-else"));
-    assert!(said.starts_with("Denied ") && said.contains("No User Assigned"), "{said}");
+    assert!(said.starts_with("Misconfigured ") && said.contains("No User Assigned"), "{said}");
     let answers = [
-        ("Denied", Answer::json("400 Bad Request", body!("identity-not-found.json"))),
+        ("Misconfigured", Answer::json("400 Bad Request", body!("identity-not-found.json"))),
         ("Throttled", Answer::json("429 Too Many Requests", body!("identity-throttled.json"))),
         ("Unreachable", Answer::json("500 Internal Server Error", "")),
         ("Unreachable", Answer::json("410 Gone", "")),
