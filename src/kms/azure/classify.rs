@@ -117,11 +117,24 @@ fn forbidden(operation: Operation, said: &Said) -> KmsClass {
         // Such a key unwraps, so that to wrap with it is refused revokes nothing.
         _ if out_of_date && operation != Operation::Unwrap => KmsClass::Misconfigured,
         _ if out_of_date => KmsClass::Disabled,
-        // ForbiddenByRbac, ForbiddenByPolicy, AccessDenied, KeyOperationForbidden, and what may come: it is Key Vault that
-        // says "you may not".
-        (_, Some("Forbidden" | "AccessDenied")) => KmsClass::Denied,
+        ("ForbiddenByRbac" | "ForbiddenByPolicy" | "AccessDenied" | "KeyOperationForbidden", Some(_)) => {
+            KmsClass::Denied
+        }
+        // A firewall is not known to give its inner code everywhere, as in Managed HSM.
+        _ if about_network(message) => KmsClass::Misconfigured,
+        ("", Some("Forbidden" | "AccessDenied")) => KmsClass::Denied,
+        // Whatever new reason it is, it need not be about the identity.
         _ => KmsClass::Unclassified,
     }
+}
+
+/// Whether a refusal is about where the request came from.
+fn about_network(message: &str) -> bool {
+    let client_address = message.starts_with("Client address") && message.contains("not authorized");
+    client_address
+        || ["Public network access is disabled", "not an approved private link"]
+            .iter()
+            .any(|text| message.contains(text))
 }
 
 /// The length of the ciphertext and the form of the version were in order, so what is left is the ciphertext itself, or an
@@ -335,7 +348,8 @@ mod tests {
             ("ForbiddenByPolicy", Denied),
             ("AccessDenied", Denied),
             ("KeyOperationForbidden", Denied),
-            ("SomethingNew", Denied),
+            ("SomethingNew", Unclassified),
+            ("ForbiddenByNsp", Unclassified),
             ("ForbiddenByFirewall", Misconfigured),
             ("ForbiddenByConnection", Misconfigured),
         ] {
@@ -385,6 +399,25 @@ mod tests {
         let body = br#"{"error":"invalid_grant","error_description":"AADSTS50196: m"}"#;
         let failure = token_refusal(Peer::Entra, 400, &headers, body);
         assert_eq!(failure.retry_after, Some(Duration::from_secs(300)));
+    }
+
+    #[test]
+    fn the_network_is_known_by_the_text_too() {
+        use KmsClass::*;
+        let said = |code: &str, message: &str| format!(r#"{{"error":{{"code":"{code}","message":"{message}"}}}}"#);
+        for (message, expected) in [
+            ("Client address is not authorized and caller is not a trusted service.", Misconfigured),
+            ("Client address (192.0.2.1) is not authorized and caller is not a trusted service.", Misconfigured),
+            ("Public network access is disabled and request is not from a trusted service", Misconfigured),
+            ("Connection is not an approved private link and caller was ignored", Misconfigured),
+            ("Caller is not authorized to perform action on resource.", Denied),
+            ("", Denied),
+        ] {
+            for code in ["Forbidden", "AccessDenied"] {
+                assert_eq!(vault(Operation::Unwrap, 403, &said(code, message)).0, expected, "{code} {message}");
+            }
+            assert_ne!(vault(Operation::Unwrap, 403, &said("SomethingNew", message)).0, Denied);
+        }
     }
 
     #[test]

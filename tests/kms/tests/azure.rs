@@ -428,6 +428,18 @@ fn tokens_that_the_vault_refuses_are_not_asked_for_without_end() {
 }
 
 #[test]
+fn a_firewall_is_known_by_its_text_and_an_unknown_refusal_is_no_revocation() {
+    use KmsClass::*;
+    let service = rsa();
+    for (body, expected) in [(body!("firewall-no-inner.json"), Misconfigured), (body!("new-inner.json"), Unclassified)]
+    {
+        service.fake.world().vault_says = Some(Answer::json("403 Forbidden", body));
+        let outcome = round_trip(service.azure());
+        assert_eq!(class(&outcome), Some(expected), "{}", text(&outcome));
+    }
+}
+
+#[test]
 fn the_vaults_own_words_are_quoted_on_one_line() {
     let service = rsa();
     service.fake.world().vault_says = Some(Answer::json("403 Forbidden", body!("rbac.json")));
