@@ -7,7 +7,8 @@ mod transport;
 use std::ffi::OsString;
 use std::fmt;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use azure_core::http::{RequestContent, Url};
@@ -160,6 +161,7 @@ impl AzureKeyVault {
     /// | `PAGESEAL_AZURE_ANY_CHALLENGE` | `1`: as [`AzureKeyVaultBuilder::accept_any_challenge`] |
     /// | `AZURE_AUTHORITY_HOST` | the token endpoint of a sovereign cloud |
     /// | `AZURE_TENANT_ID`, `AZURE_CLIENT_ID`, `AZURE_CLIENT_SECRET`, `AZURE_FEDERATED_TOKEN_FILE` | the credential: [`AzureCredential::from_environment`] |
+    /// | `AZURE_TOKEN_CREDENTIALS` | `dev` for the Azure CLI alone, `prod` for all but it |
     /// | `IDENTITY_ENDPOINT`, `IDENTITY_HEADER` | where a managed identity gets its tokens; set by App Service |
     ///
     /// # Errors
@@ -367,7 +369,20 @@ struct Settings {
 struct Session {
     client: KeyClient,
     credential: AzureCredential,
+    /// When the vault refused a token that was fetched for this session.
+    refused: OnceLock<Instant>,
 }
+
+impl Session {
+    /// Whether the vault has just refused a fresh token, so that another would be asked for in vain: Entra ID locks out who
+    /// asks it too often.
+    fn just_refused(&self) -> bool {
+        self.refused.get().is_some_and(|at| at.elapsed() < FRESH_TOKEN_AFTER)
+    }
+}
+
+/// How long a refusal of a fresh token holds before another one is fetched.
+const FRESH_TOKEN_AFTER: Duration = Duration::from_secs(30);
 
 impl Settings {
     fn connect(&self, credential: AzureCredential) -> Result<Session> {
@@ -379,7 +394,7 @@ impl Settings {
         };
         let client = KeyClient::new(self.url.as_str(), credential.connect(&place)?, Some(options));
         let client = client.map_err(|error| misconfigured(format!("the Azure vault URL {}: {error}", self.url)))?;
-        Ok(Session { client, credential })
+        Ok(Session { client, credential, refused: OnceLock::new() })
     }
 }
 
@@ -406,7 +421,7 @@ impl Keys {
             Ok(value) => return Ok(value),
             Err(error) => classify::refusal(&error, operation),
         };
-        if refusal.detail != Detail::Unauthorized {
+        if refusal.detail != Detail::Unauthorized || session.just_refused() {
             return Err(refusal);
         }
         let fresh = match self.settings.connect(session.credential.clone()) {
@@ -416,7 +431,14 @@ impl Keys {
         // Unless somebody else has done so, or has replaced the credentials, meanwhile.
         self.session.compare_and_swap(&session, fresh);
         let session = self.session.load_full();
-        call(&session.client).await.map_err(|error| classify::refusal(&error, operation))
+        call(&session.client).await.map_err(|error| {
+            let refusal = classify::refusal(&error, operation);
+            if refusal.detail == Detail::Unauthorized {
+                // The first refusal's time stays, so that a fresh token is fetched some time after it.
+                let _ = session.refused.set(Instant::now());
+            }
+            refusal
+        })
     }
 
     async fn operate(

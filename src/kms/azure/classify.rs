@@ -78,6 +78,12 @@ pub(super) fn vault_refusal(operation: Operation, status: u16, headers: &Headers
         Refusal { error, detail }
     };
     let class = match (status, said.code.as_deref()) {
+        // The vault could not get Entra ID's keys to verify a token with, and will; another token does not help.
+        (401, Some(_)) if said.message.starts_with("AKV10046:") => KmsClass::Unreachable,
+        // A token for something else, or of another tenant than the vault's.
+        (401, Some(_)) if ["AKV10022:", "AKV10032:"].iter().any(|code| said.message.starts_with(code)) => {
+            KmsClass::Misconfigured
+        }
         (401, _) if challenged(headers) || said.code.is_some() => {
             return refusal(KmsClass::Denied, Detail::Unauthorized);
         }
@@ -111,11 +117,24 @@ fn forbidden(operation: Operation, said: &Said) -> KmsClass {
         // Such a key unwraps, so that to wrap with it is refused revokes nothing.
         _ if out_of_date && operation != Operation::Unwrap => KmsClass::Misconfigured,
         _ if out_of_date => KmsClass::Disabled,
-        // ForbiddenByRbac, ForbiddenByPolicy, AccessDenied, KeyOperationForbidden, and what may come: it is Key Vault that
-        // says "you may not".
-        (_, Some("Forbidden" | "AccessDenied")) => KmsClass::Denied,
+        ("ForbiddenByRbac" | "ForbiddenByPolicy" | "AccessDenied" | "KeyOperationForbidden", Some(_)) => {
+            KmsClass::Denied
+        }
+        // A firewall is not known to give its inner code everywhere, as in Managed HSM.
+        _ if about_network(message) => KmsClass::Misconfigured,
+        ("", Some("Forbidden" | "AccessDenied")) => KmsClass::Denied,
+        // Whatever new reason it is, it need not be about the identity.
         _ => KmsClass::Unclassified,
     }
+}
+
+/// Whether a refusal is about where the request came from.
+fn about_network(message: &str) -> bool {
+    let client_address = message.starts_with("Client address") && message.contains("not authorized");
+    client_address
+        || ["Public network access is disabled", "not an approved private link"]
+            .iter()
+            .any(|text| message.contains(text))
 }
 
 /// The length of the ciphertext and the form of the version were in order, so what is left is the ciphertext itself, or an
@@ -139,10 +158,13 @@ pub(super) fn token_refusal(peer: Peer, status: u16, headers: &Headers, body: &[
     let said = Said::token(body);
     let class = match (status, said.code.as_deref()) {
         (429, _) => KmsClass::Throttled,
+        (400..=499, Some(_)) if let Some(class) = entra_in_trouble(&said.message) => class,
         (408 | 500..=599, _) => KmsClass::Unreachable,
         // The endpoint is being updated, or the identity's tokens are not there yet: it is to be asked again.
         (404 | 410, _) if peer == Peer::Identity => KmsClass::Unreachable,
-        (400, _) if peer == Peer::Identity && no_identity(&said.message) => KmsClass::Denied,
+        // IMDS says so too for a while on machines that have one (Azure/aad-pod-identity#681, #1102), and it is no verdict of
+        // the vault: an identity that was taken away is refused there.
+        (400, _) if peer == Peer::Identity && no_identity(&said.message) => KmsClass::Misconfigured,
         (_, Some("temporarily_unavailable" | "server_error")) => KmsClass::Unreachable,
         (
             400 | 401 | 403,
@@ -164,8 +186,22 @@ pub(super) fn token_refusal(peer: Peer, status: u16, headers: &Headers, body: &[
         _ => KmsClass::Unclassified,
     };
     let mut failure = Failure::new(class, said.text(peer, status, body));
-    failure.retry_after = if matches!(status, 429 | 503) { retry_after(headers) } else { None };
+    let comes_back = class == KmsClass::Throttled || status == 503;
+    failure.retry_after = if comes_back { retry_after(headers) } else { None };
     failure
+}
+
+/// What Entra ID says under the codes of refusals though it refuses nobody: the number goes before the code.
+/// <https://learn.microsoft.com/entra/identity-platform/reference-error-codes>
+fn entra_in_trouble(message: &str) -> Option<KmsClass> {
+    let number = message.strip_prefix("AADSTS")?;
+    match number.split(|c: char| !c.is_ascii_digit()).next()? {
+        // Too many requests of the same client ("invalid_grant").
+        "50196" => Some(KmsClass::Throttled),
+        // A transient error; and an issuer of federated tokens whose keys Entra ID could not get.
+        "90033" | "50166" | "90061" | "900612" => Some(KmsClass::Unreachable),
+        _ => None,
+    }
 }
 
 fn no_identity(message: &str) -> bool {
@@ -204,7 +240,7 @@ pub(super) fn credential_failure(error: &azure_core::Error) -> KmsError {
     KmsError::with_source(class, text)
 }
 
-fn failure_in(error: &azure_core::Error) -> Option<&Failure> {
+pub(super) fn failure_in(error: &azure_core::Error) -> Option<&Failure> {
     sources(error).find_map(|error| error.downcast_ref::<Failure>())
 }
 
@@ -312,7 +348,8 @@ mod tests {
             ("ForbiddenByPolicy", Denied),
             ("AccessDenied", Denied),
             ("KeyOperationForbidden", Denied),
-            ("SomethingNew", Denied),
+            ("SomethingNew", Unclassified),
+            ("ForbiddenByNsp", Unclassified),
             ("ForbiddenByFirewall", Misconfigured),
             ("ForbiddenByConnection", Misconfigured),
         ] {
@@ -338,6 +375,48 @@ mod tests {
             for status in [408, 500, 502, 503, 504, 599] {
                 assert_eq!(vault(Operation::Unwrap, status, body).0, Unreachable);
             }
+        }
+    }
+
+    #[test]
+    fn the_number_of_an_entra_error_goes_before_its_code() {
+        use KmsClass::*;
+        let class = |number: &str, code: &str| {
+            let body = format!(r#"{{"error":"{code}","error_description":"AADSTS{number}: m"}}"#);
+            token_refusal(Peer::Entra, 400, &Headers::new(), body.as_bytes()).class
+        };
+        for code in ["invalid_grant", "invalid_request", "invalid_client", "unauthorized_client"] {
+            assert_eq!(class("50196", code), Throttled, "{code}");
+            for number in ["90061", "50166", "900612", "90033"] {
+                assert_eq!(class(number, code), Unreachable, "{number} {code}");
+            }
+        }
+        // Longer numbers are other errors.
+        assert_eq!(class("501960", "invalid_grant"), Denied);
+        assert_eq!(class("7000215", "invalid_client"), Denied);
+        let mut headers = Headers::new();
+        headers.insert("retry-after", "300");
+        let body = br#"{"error":"invalid_grant","error_description":"AADSTS50196: m"}"#;
+        let failure = token_refusal(Peer::Entra, 400, &headers, body);
+        assert_eq!(failure.retry_after, Some(Duration::from_secs(300)));
+    }
+
+    #[test]
+    fn the_network_is_known_by_the_text_too() {
+        use KmsClass::*;
+        let said = |code: &str, message: &str| format!(r#"{{"error":{{"code":"{code}","message":"{message}"}}}}"#);
+        for (message, expected) in [
+            ("Client address is not authorized and caller is not a trusted service.", Misconfigured),
+            ("Client address (192.0.2.1) is not authorized and caller is not a trusted service.", Misconfigured),
+            ("Public network access is disabled and request is not from a trusted service", Misconfigured),
+            ("Connection is not an approved private link and caller was ignored", Misconfigured),
+            ("Caller is not authorized to perform action on resource.", Denied),
+            ("", Denied),
+        ] {
+            for code in ["Forbidden", "AccessDenied"] {
+                assert_eq!(vault(Operation::Unwrap, 403, &said(code, message)).0, expected, "{code} {message}");
+            }
+            assert_ne!(vault(Operation::Unwrap, 403, &said("SomethingNew", message)).0, Denied);
         }
     }
 

@@ -8,7 +8,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use azure_core::cloud::{CloudConfiguration, CustomConfiguration};
@@ -21,12 +21,18 @@ use azure_identity::{
 };
 use zeroize::Zeroizing;
 
-use super::classify::{bounded, credential_failure};
+use super::classify::{bounded, credential_failure, failure_in};
 use super::transport::{Failure, Peer, Transports, misconfigured};
 use crate::error::{KmsClass, KmsError, Result};
 
 /// How long the default chain waits for the identity endpoint of a machine, which off Azure is nobody.
 const IDENTITY_PATIENCE: Duration = Duration::from_secs(3);
+/// Links of the default chain.
+const IDENTITY: &str = "managed identity";
+const CLI: &str = "Azure CLI";
+/// Which links there are: as Azure's SDKs for other languages have it.
+/// <https://learn.microsoft.com/azure/developer/python/sdk/authentication/credential-chains#how-to-customize-defaultazurecredential>
+const WHICH: &str = "AZURE_TOKEN_CREDENTIALS";
 /// A federated token is a JWT of one or two thousand bytes.
 const LONGEST_TOKEN: u64 = 64 * 1024;
 
@@ -40,10 +46,19 @@ pub struct AzureCredential(Source);
 
 #[derive(Clone)]
 enum Source {
-    Chain,
+    /// Whether the managed identity has ever given a token, which outlives the chain that is made anew.
+    Chain(Arc<AtomicBool>),
     ManagedIdentity(Option<UserAssignedId>),
-    WorkloadIdentity { tenant: String, client: String, token_file: PathBuf },
-    ClientSecret { tenant: String, client: String, secret: Arc<Zeroizing<String>> },
+    WorkloadIdentity {
+        tenant: String,
+        client: String,
+        token_file: PathBuf,
+    },
+    ClientSecret {
+        tenant: String,
+        client: String,
+        secret: Arc<Zeroizing<String>>,
+    },
     DeveloperTools,
     Own(Arc<dyn TokenCredential>),
 }
@@ -57,10 +72,15 @@ impl AzureCredential {
     /// 4. the Azure CLI (`az login`).
     ///
     /// The first two are the only ones to be asked where they are set: were another identity taken when they fail, nobody
-    /// would notice. The Azure CLI is asked if there is no managed identity. The environment is read when the wrapper is
-    /// made, and again when the vault refuses a token.
+    /// would notice. For the same reason the Azure CLI is asked only if the endpoint for managed identities says that there
+    /// is none, or if nobody listens there; not if it does not answer in time or is in trouble, nor once it has given a token.
+    ///
+    /// `AZURE_TOKEN_CREDENTIALS=dev` (or `AzureCliCredential`) leaves the Azure CLI alone, for a developer's machine on which
+    /// the endpoint's address is not refused but swallowed, and `prod` leaves it out. Other values are refused.
+    ///
+    /// The environment is read when the wrapper is made, and again when the vault refuses a token.
     pub fn from_environment() -> Self {
-        Self(Source::Chain)
+        Self(Source::Chain(Arc::default()))
     }
 
     /// The managed identity that the system assigned to this machine, container or App Service.
@@ -113,7 +133,9 @@ impl AzureCredential {
     /// A new credential of the SDK, with no token yet.
     pub(super) fn connect(&self, place: &Place<'_>) -> Result<Arc<dyn TokenCredential>> {
         Ok(match &self.0 {
-            Source::Chain => Arc::new(Chain::from_environment(place, |name| std::env::var_os(name))?),
+            Source::Chain(identity_gave) => {
+                Arc::new(Chain::from_environment(place, Arc::clone(identity_gave), |name| std::env::var_os(name))?)
+            }
             Source::ManagedIdentity(id) => managed_identity(place, id.clone())?,
             Source::WorkloadIdentity { tenant, client, token_file } => {
                 workload_identity(place, tenant, client, token_file)?
@@ -128,7 +150,7 @@ impl AzureCredential {
 impl fmt::Debug for AzureCredential {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let name = match &self.0 {
-            Source::Chain => "from_environment",
+            Source::Chain(_) => "from_environment",
             Source::ManagedIdentity(_) => "managed_identity",
             Source::WorkloadIdentity { .. } => "workload_identity",
             Source::ClientSecret { .. } => "client_secret",
@@ -241,8 +263,8 @@ struct Chain {
     sources: Vec<Link>,
     /// What is not asked, and why.
     skipped: Vec<String>,
-    /// The source that gave the first token; it alone is asked from then on. `usize::MAX` before.
-    chosen: AtomicUsize,
+    /// The managed identity has given a token: it alone is asked from then on.
+    identity_gave: Arc<AtomicBool>,
 }
 
 struct Link {
@@ -252,7 +274,11 @@ struct Link {
 }
 
 impl Chain {
-    fn from_environment(place: &Place<'_>, get: impl Fn(&str) -> Option<OsString>) -> Result<Self> {
+    fn from_environment(
+        place: &Place<'_>,
+        identity_gave: Arc<AtomicBool>,
+        get: impl Fn(&str) -> Option<OsString>,
+    ) -> Result<Self> {
         let get = |name: &str| -> Result<Option<String>> {
             match get(name).map(OsString::into_string) {
                 None => Ok(None),
@@ -267,8 +293,24 @@ impl Chain {
             })
         };
         const UUID: &str = "00000000-0000-0000-0000-000000000000";
-        let mut chain = Self { sources: Vec::new(), skipped: Vec::new(), chosen: AtomicUsize::new(usize::MAX) };
+        let mut chain = Self { sources: Vec::new(), skipped: Vec::new(), identity_gave };
         let link = |name, credential, patience| Link { name, credential, patience };
+        let with_cli = match get(WHICH)?.map(|value| value.to_ascii_lowercase()).as_deref() {
+            None => true,
+            Some("prod") => false,
+            Some("dev" | "azureclicredential") => {
+                chain.sources.push(link(CLI, developer_tools()?, None));
+                chain.skipped.push(format!("all others: {WHICH} says so"));
+                return Ok(chain);
+            }
+            Some(other) => {
+                let text = format!(
+                    "{WHICH} is {other:?}; here it may be prod (all but the Azure CLI), or dev or AzureCliCredential (the \
+                     Azure CLI alone), for example {WHICH}=prod; otherwise unset it"
+                );
+                return Err(misconfigured(text));
+            }
+        };
         let secret = get("AZURE_CLIENT_SECRET")?.map(Zeroizing::new);
         if let Some(secret) = secret {
             let tenant = needed("AZURE_TENANT_ID", "AZURE_CLIENT_SECRET", UUID)?;
@@ -287,44 +329,53 @@ impl Chain {
         chain.skipped.push("workload identity: AZURE_FEDERATED_TOKEN_FILE is not set".into());
         let id = get("AZURE_CLIENT_ID")?.map(UserAssignedId::ClientId);
         match managed_identity(place, id) {
-            Ok(credential) => chain.sources.push(link("managed identity", credential, Some(IDENTITY_PATIENCE))),
+            Ok(credential) => chain.sources.push(link(IDENTITY, credential, Some(IDENTITY_PATIENCE))),
             // A kind of managed identity that the SDK does not support.
             Err(error) => chain.skipped.push(format!("managed identity: {error}")),
         }
-        chain.sources.push(link("Azure CLI", developer_tools()?, None));
+        if with_cli {
+            chain.sources.push(link(CLI, developer_tools()?, None));
+        } else {
+            chain.skipped.push(format!("{CLI}: {WHICH} leaves it out"));
+        }
         Ok(chain)
     }
 
     async fn token(&self, scopes: &[&str]) -> Result<AccessToken, Failure> {
-        if let Some(link) = self.sources.get(self.chosen.load(Ordering::Relaxed)) {
-            return link.token(scopes).await.map_err(|error| self.failure(vec![(link.name, error)]));
-        }
         let mut failures = Vec::new();
-        for (index, link) in self.sources.iter().enumerate() {
+        let mut next = self.sources.iter();
+        for link in next.by_ref() {
             match link.token(scopes).await {
                 Ok(token) => {
-                    self.chosen.store(index, Ordering::Relaxed);
+                    // The Azure CLI is not chosen for good: the identity may have been wrongly missed.
+                    if link.name == IDENTITY {
+                        self.identity_gave.store(true, Ordering::Relaxed);
+                    }
                     return Ok(token);
                 }
                 Err(error) => {
-                    let throttled = error.class == KmsClass::Throttled;
-                    failures.push((link.name, error));
-                    if throttled {
+                    let known = link.name == IDENTITY && self.identity_gave.load(Ordering::Relaxed);
+                    let passes = error.is_not_there && !known;
+                    failures.push((link.name, error.error));
+                    if !passes {
                         break;
                     }
                 }
             }
         }
-        Err(self.failure(failures))
+        let left =
+            next.map(|link| format!("{}: not asked, because that may pass ({WHICH}=dev asks it alone)", link.name));
+        let left: Vec<_> = left.collect();
+        Err(self.failure(failures, left))
     }
 
     /// What all that failed have in common: a refusal only if every source refused, because one that could not be asked
     /// might give a token.
-    fn failure(&self, failures: Vec<(&'static str, KmsError)>) -> Failure {
+    fn failure(&self, failures: Vec<(&'static str, KmsError)>, left: Vec<String>) -> Failure {
         use KmsClass::{Denied, Misconfigured, Throttled, Unclassified, Unreachable};
         let has = |class| failures.iter().any(|(_, error)| error.class == class);
         // The Azure CLI that is not installed is a source that is not there.
-        let absent = |name: &str, error: &KmsError| name == "Azure CLI" && error.class == Misconfigured;
+        let absent = |name: &str, error: &KmsError| name == CLI && error.class == Misconfigured;
         let asked = || failures.iter().filter(|(name, error)| !absent(name, error));
         let uncertain = [Throttled, Unreachable, Unclassified].into_iter().find(|class| has(*class));
         let class = uncertain.unwrap_or(match asked().count() {
@@ -336,15 +387,22 @@ impl Chain {
             Some(source) => format!("{name}: {source}"),
             None => format!("{name}: {}", error.class),
         });
-        let all: Vec<_> = tried.chain(self.skipped.iter().cloned()).collect();
+        let all: Vec<_> = tried.chain(left).chain(self.skipped.iter().cloned()).collect();
         let retry_after = failures.iter().find_map(|(_, error)| error.retry_after);
         let text = format!("no Azure credential of the environment gave a token. {}", all.join(". "));
         Failure { retry_after, ..Failure::new(class, text) }
     }
 }
 
+/// Why a link gave no token.
+struct NoToken {
+    error: KmsError,
+    /// There is no such source here, as far as one can tell, so that the next may be asked.
+    is_not_there: bool,
+}
+
 impl Link {
-    async fn token(&self, scopes: &[&str]) -> Result<AccessToken, KmsError> {
+    async fn token(&self, scopes: &[&str]) -> Result<AccessToken, NoToken> {
         let asked = self.credential.get_token(scopes, None);
         let answer = match self.patience {
             None => asked.await,
@@ -353,7 +411,12 @@ impl Link {
                 Err(Failure::new(KmsClass::Unreachable, text).into_azure())
             }),
         };
-        answer.map_err(|error| credential_failure(&error))
+        answer.map_err(|azure| {
+            let error = credential_failure(&azure);
+            let nobody = failure_in(&azure).is_some_and(|failure| failure.nobody);
+            let is_not_there = nobody || matches!(error.class, KmsClass::Denied | KmsClass::Misconfigured);
+            NoToken { error, is_not_there }
+        })
     }
 }
 

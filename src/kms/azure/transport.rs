@@ -32,11 +32,13 @@ pub(super) struct Failure {
     pub(super) class: KmsClass,
     pub(super) retry_after: Option<Duration>,
     pub(super) text: String,
+    /// Nobody listens there: the connection was refused, or there is no way to the host. (A time-out is not that.)
+    pub(super) nobody: bool,
 }
 
 impl Failure {
     pub(super) fn new(class: KmsClass, text: impl Into<String>) -> Self {
-        Self { class, retry_after: None, text: text.into() }
+        Self { class, retry_after: None, text: text.into(), nobody: false }
     }
 
     pub(super) fn to_kms(&self) -> KmsError {
@@ -201,7 +203,9 @@ impl Channel {
             return Failure::new(KmsClass::Misconfigured, format!("{place}: {}", bounded(&innermost(error))));
         }
         let what = if error.is_connect() { "no connection" } else { "the connection broke" };
-        Failure::new(KmsClass::Unreachable, format!("{place}: {what}: {}", bounded(&innermost(error))))
+        let nobody = error.is_connect() && !error.is_timeout();
+        let text = format!("{place}: {what}: {}", bounded(&innermost(error)));
+        Failure { nobody, ..Failure::new(KmsClass::Unreachable, text) }
     }
 }
 

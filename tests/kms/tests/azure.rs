@@ -374,6 +374,72 @@ fn every_answer_of_a_vault_has_its_class() {
 }
 
 #[test]
+fn a_401_that_is_no_verdict_on_the_identity_is_not_taken_for_one() {
+    use KmsClass::*;
+    let cases = [
+        (body!("signing-key-unresolved.json"), Unreachable),
+        (body!("wrong-issuer.json"), Misconfigured),
+        (body!("wrong-audience.json"), Misconfigured),
+    ];
+    let service = rsa();
+    round_trip(service.azure()).unwrap();
+    for (body, expected) in cases {
+        service.fake.world().vault_says = Some(Answer::json("401 Unauthorized", body));
+        service.fake.world().log.clear();
+        let outcome = round_trip(service.azure());
+        assert_eq!(class(&outcome), Some(expected), "{}", text(&outcome));
+        assert!(text(&outcome).contains("AKV100"), "{}", text(&outcome));
+        assert_eq!(service.fake.world().count(&format!("POST /{TENANT}")), 0, "another token would not help");
+    }
+}
+
+#[test]
+fn a_token_endpoint_in_trouble_or_that_is_asked_too_often_refuses_nobody() {
+    use KmsClass::*;
+    let cases = [
+        (body!("token-loop.json"), Throttled),
+        (body!("token-issuer-unreachable.json"), Unreachable),
+        (body!("token-transient.json"), Unreachable),
+    ];
+    let service = rsa();
+    for (body, expected) in cases {
+        service.fake.world().token_says = Some(Answer::json("400 Bad Request", body));
+        let outcome = round_trip(service.azure());
+        assert_eq!(class(&outcome), Some(expected), "{}", text(&outcome));
+    }
+}
+
+#[test]
+fn tokens_that_the_vault_refuses_are_not_asked_for_without_end() {
+    let service = rsa();
+    round_trip(service.azure()).unwrap();
+    service.fake.world().log.clear();
+    // A fresh token is refused, and a little later still is.
+    service.fake.world().says.push(("POST /keys/", Answer::json("401 Unauthorized", body!("token-expired.json"))));
+    for _ in 0..10 {
+        assert_eq!(class(&round_trip(service.azure())), Some(KmsClass::Denied));
+    }
+    let asked = service.fake.world().count(&format!("POST /{TENANT}"));
+    assert!(asked <= 2, "{asked} tokens for ten calls");
+    // Other credentials are tried at once.
+    service.fake.world().says.clear();
+    service.azure().replace_credentials(good_credential()).unwrap();
+    assert_eq!(class(&round_trip(service.azure())), None);
+}
+
+#[test]
+fn a_firewall_is_known_by_its_text_and_an_unknown_refusal_is_no_revocation() {
+    use KmsClass::*;
+    let service = rsa();
+    for (body, expected) in [(body!("firewall-no-inner.json"), Misconfigured), (body!("new-inner.json"), Unclassified)]
+    {
+        service.fake.world().vault_says = Some(Answer::json("403 Forbidden", body));
+        let outcome = round_trip(service.azure());
+        assert_eq!(class(&outcome), Some(expected), "{}", text(&outcome));
+    }
+}
+
+#[test]
 fn the_vaults_own_words_are_quoted_on_one_line() {
     let service = rsa();
     service.fake.world().vault_says = Some(Answer::json("403 Forbidden", body!("rbac.json")));
@@ -721,7 +787,7 @@ fn from_env_uses_a_workload_identity() {
 }
 
 #[test]
-fn from_env_uses_a_managed_identity_which_is_denied_only_if_it_is_not_assigned() {
+fn from_env_uses_a_managed_identity_whose_absence_is_no_verdict_of_the_vault() {
     let fake = FakeKeyVault::start(Kind::Rsa);
     let identity = fake.identity_url();
     let system = [("IDENTITY_ENDPOINT", identity.as_str()), ("IDENTITY_HEADER", "the-identity-header")];
@@ -731,9 +797,9 @@ fn from_env_uses_a_managed_identity_which_is_denied_only_if_it_is_not_assigned()
     let said = in_child(&fake, &user(CLIENT));
     assert!(said.starts_with("ok "), "{said}");
     let said = in_child(&fake, &user("somebody-else"));
-    assert!(said.starts_with("Denied ") && said.contains("No User Assigned"), "{said}");
+    assert!(said.starts_with("Misconfigured ") && said.contains("No User Assigned"), "{said}");
     let answers = [
-        ("Denied", Answer::json("400 Bad Request", body!("identity-not-found.json"))),
+        ("Misconfigured", Answer::json("400 Bad Request", body!("identity-not-found.json"))),
         ("Throttled", Answer::json("429 Too Many Requests", body!("identity-throttled.json"))),
         ("Unreachable", Answer::json("500 Internal Server Error", "")),
         ("Unreachable", Answer::json("410 Gone", "")),
@@ -775,6 +841,61 @@ fn from_env_asks_the_azure_cli_last_and_says_why_nothing_gave_a_token() {
     script(format!("echo '{answer}'"));
     let said = in_child(&fake, &variables);
     assert!(said.starts_with("ok "), "{said}");
+}
+
+#[test]
+fn an_identity_endpoint_in_trouble_lets_nobody_else_answer_for_it() {
+    let fake = FakeKeyVault::start(Kind::Rsa);
+    let way = Front::before(fake.identity_url()[7..].trim_end_matches("/msi/token").parse().unwrap()).unwrap();
+    let identity = format!("http://{}/msi/token", way.address());
+    let place = Directory::new();
+    // Somebody is logged in to the Azure CLI, and could use the key.
+    let (az, marker) = (place.0.join("az"), place.0.join("asked"));
+    let token = fake.world().give();
+    let script = format!(
+        "#!/bin/sh\ntouch {}\necho '{{\"accessToken\": \"{token}\", \"expires_on\": 4102444800, \"tokenType\": \"Bearer\"}}'\n",
+        marker.display()
+    );
+    std::fs::write(&az, script).unwrap();
+    std::fs::set_permissions(&az, std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
+    let path = format!("{}:/usr/bin:/bin", place.0.display());
+    let variables =
+        [("IDENTITY_ENDPOINT", identity.as_str()), ("IDENTITY_HEADER", "the-identity-header"), ("PATH", &path)];
+    let answers = [
+        ("Unreachable", Answer::json("500 Internal Server Error", "")),
+        ("Unreachable", Answer::json("410 Gone", "")),
+        ("Throttled", Answer::json("429 Too Many Requests", body!("identity-throttled.json"))),
+        ("Unclassified", Answer::json("403 Forbidden", body!("proxy-403.html"))),
+    ];
+    for (expected, answer) in answers {
+        fake.world().token_says = Some(answer);
+        let said = in_child(&fake, &variables);
+        assert!(said.starts_with(expected) && said.contains("Azure CLI: not asked"), "{said}");
+    }
+    fake.world().token_says = None;
+    for passage in [Passage::Hang, Passage::Reset] {
+        way.set(passage);
+        let said = in_child(&fake, &variables);
+        assert!(said.starts_with("Unreachable"), "{said}");
+    }
+    assert!(!marker.exists());
+    // Who has no such identity, as a developer's machine, says so.
+    way.set(Passage::Open);
+    fake.world().token_says = Some(Answer::json("400 Bad Request", body!("identity-not-found.json")));
+    let said = in_child(&fake, &variables);
+    assert!(said.starts_with("ok ") && marker.exists(), "{said}");
+    // Or is told to ask nobody else.
+    let with = |value| [variables[0], variables[1], variables[2], ("AZURE_TOKEN_CREDENTIALS", value)];
+    fake.world().token_says = Some(Answer::json("500 Internal Server Error", ""));
+    for value in ["dev", "AzureCliCredential"] {
+        let said = in_child(&fake, &with(value));
+        assert!(said.starts_with("ok "), "{said}");
+    }
+    fake.world().token_says = Some(Answer::json("400 Bad Request", body!("identity-not-found.json")));
+    let said = in_child(&fake, &with("prod"));
+    assert!(said.starts_with("Misconfigured ") || said.starts_with("Denied "), "{said}");
+    let said = in_child(&fake, &with("VisualStudioCredential"));
+    assert!(said.starts_with("settings Misconfigured") && said.contains("AZURE_TOKEN_CREDENTIALS"), "{said}");
 }
 
 #[test]
