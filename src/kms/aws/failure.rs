@@ -13,6 +13,7 @@ use aws_sdk_kms::config::http::HttpResponse;
 use aws_sdk_kms::error::{ConnectorError, ProvideErrorMetadata, SdkError};
 use aws_sdk_kms::types::KeyState;
 
+use super::transport::Watch;
 use crate::error::{KmsClass, KmsError};
 
 /// How much of a text from outside an error quotes.
@@ -35,6 +36,8 @@ pub(super) struct Failure {
 pub(super) enum Reason {
     /// The credentials, or their source.
     Credentials,
+    /// The credentials, which are too old.
+    Expired,
     /// A policy.
     Policy,
     /// The named key or alias is not there.
@@ -51,13 +54,14 @@ impl Failure {
         Self { class, reason: Reason::Other, text: text.into(), retry_after: None }
     }
 
-    /// Judges an error of the SDK. `had_credentials`: whether their source has ever given any.
-    pub(super) fn of<E>(call: &str, error: &SdkError<E, HttpResponse>, had_credentials: bool) -> Self
+    /// Judges an error of the SDK.
+    pub(super) fn of<E>(call: &str, error: &SdkError<E, HttpResponse>, watch: &Watch) -> Self
     where
         E: ProvideErrorMetadata + StdError + 'static,
     {
+        let had_credentials = watch.has_loaded();
         let mut failure = match error {
-            SdkError::ServiceError(refused) => Answer::new(refused.err(), refused.raw()).judge(),
+            SdkError::ServiceError(refused) => Answer::new(refused.err(), refused.raw()).judge().or_outdated(watch),
             // It came, and cannot be read. The parser's text may quote what it read, so it is not shown.
             SdkError::ResponseError(unreadable) => Answer::unreadable(unreadable.raw()).judge(),
             SdkError::TimeoutError(_) => Self::new(KmsClass::Unreachable, "no answer in time"),
@@ -81,6 +85,16 @@ impl Failure {
             Some(after) => error.retry_after(after),
             None => error,
         }
+    }
+
+    /// Whoever is denied has lost a right, not the time: a source that renews what it gives, and gives what has expired, is
+    /// out of order (an instance's metadata service prolongs its credentials by itself then), or this machine's clock is slow.
+    fn or_outdated(self, watch: &Watch) -> Self {
+        if self.reason != Reason::Expired || !watch.is_renewed() {
+            return self;
+        }
+        let why = "the source of the AWS credentials gave ones that have expired, or this machine's clock is slow";
+        self.reclassified(KmsClass::Unreachable, why)
     }
 
     pub(super) fn reclassified(self, class: KmsClass, why: &str) -> Self {
@@ -198,11 +212,10 @@ fn judge_code(code: &str, message: &str, status: u16) -> Judgement {
         | "IncompleteSignatureException"
         | "MissingAuthenticationToken"
         | "MissingAuthenticationTokenException"
-        | "ExpiredToken"
-        | "ExpiredTokenException"
         | "TokenRefreshRequired"
         | "InvalidToken"
         | "AuthFailure" => (Denied, Reason::Credentials, None),
+        "ExpiredToken" | "ExpiredTokenException" => (Denied, Reason::Expired, None),
         "AccessDeniedException" | "AccessDenied" | "NotAuthorized" | "UnauthorizedOperation" => {
             (Denied, Reason::Policy, None)
         }
