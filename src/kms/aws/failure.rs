@@ -387,8 +387,12 @@ fn judge_source_text(text: &str) -> KmsClass {
         "IDPRejectedClaim",
         "InvalidGrant",
     ];
+    // The provider of identities was out of reach for STS, though the code is one of a bad token.
+    const OUT_OF_REACH: [&str; 2] = ["Couldn't retrieve verification key", "IDPCommunicationError"];
     let says = |what: &&str| text.contains(*what);
-    if DENIED.iter().any(says) {
+    if OUT_OF_REACH.iter().any(says) {
+        KmsClass::Unreachable
+    } else if DENIED.iter().any(says) {
         KmsClass::Denied
     } else if says(&"Throttl") {
         KmsClass::Throttled
@@ -481,9 +485,6 @@ mod tests {
                     "InvalidClientTokenId",
                     "InvalidSignatureException",
                     "SignatureDoesNotMatch",
-                    "IncompleteSignature",
-                    "MissingAuthenticationToken",
-                    "MissingAuthenticationTokenException",
                     "ExpiredTokenException",
                     "ExpiredToken",
                 ],
@@ -513,6 +514,9 @@ mod tests {
                     "InvalidAction",
                     "RequestTimeTooSkewed",
                     "RequestExpired",
+                    "IncompleteSignature",
+                    "MissingAuthenticationToken",
+                    "MissingAuthenticationTokenException",
                 ],
             ),
         ];
@@ -537,6 +541,17 @@ mod tests {
             assert_eq!(failure.class, Misconfigured);
             assert!(failure.text.contains("set it (NTP)"), "{}", failure.text);
         }
+    }
+
+    #[test]
+    fn a_signature_for_another_region_is_a_setting() {
+        let failure = answered(
+            "InvalidSignatureException",
+            "Credential should be scoped to a valid region, not 'us-east-1'. ",
+            400,
+        );
+        assert_eq!(failure.class, Misconfigured);
+        assert!(failure.text.contains("the endpoint is in another region"), "{}", failure.text);
     }
 
     #[test]
@@ -586,13 +601,22 @@ mod tests {
     fn a_source_of_credentials_that_is_out_of_reach_says_nothing_and_one_that_says_no_does() {
         let refused = || std::io::Error::from(std::io::ErrorKind::ConnectionRefused);
         let cases = [
-            (CredentialsError::not_loaded("nothing is set"), Denied),
+            (CredentialsError::not_loaded("nothing is set"), Misconfigured),
             (CredentialsError::provider_timed_out(Duration::from_secs(1)), Unreachable),
             (CredentialsError::invalid_configuration("line 3"), Misconfigured),
             (CredentialsError::provider_error(ConnectorError::io(refused().into())), Unreachable),
             (CredentialsError::provider_error(ConnectorError::timeout("slow".into())), Unreachable),
             (CredentialsError::provider_error("AccessDenied: no AssumeRole"), Denied),
             (CredentialsError::provider_error("ExpiredTokenException: token"), Denied),
+            (
+                CredentialsError::provider_error(
+                    "InvalidIdentityToken: Couldn't retrieve verification key from your identity provider, please reference \
+                     AssumeRoleWithWebIdentity documentation for requirements",
+                ),
+                Unreachable,
+            ),
+            (CredentialsError::provider_error("IDPCommunicationError: could not be reached"), Unreachable),
+            (CredentialsError::provider_error("InvalidIdentityToken: No OpenIDConnect provider found"), Denied),
             (CredentialsError::provider_error("Throttling: slow down"), Throttled),
             (CredentialsError::provider_error("request has timed out"), Unreachable),
             (CredentialsError::unhandled("what"), Unclassified),
@@ -601,6 +625,9 @@ mod tests {
             let failure = not_sent(&ConnectorError::other(error.into(), None), false);
             assert_eq!((failure.class, failure.reason), (class, Reason::Credentials), "{}", failure.text);
         }
+        // There were some, so their source is out of order: a file just being replaced, a mount that is gone.
+        let gone = ConnectorError::other(CredentialsError::not_loaded("nothing is set").into(), None);
+        assert_eq!(not_sent(&gone, true).class, Unreachable);
     }
 
     #[test]

@@ -180,6 +180,7 @@ fn an_error_is_read_in_every_form_that_aws_sends_it_in() {
     let body = |body: &str| Answer { status: "400 Bad Request".into(), headers: Vec::new(), body: body.into() };
     let xml = "<?xml version=\"1.0\"?><ErrorResponse><Error><Code>InvalidClientTokenId</Code><Message>The security token \
                included in the request is invalid.</Message></Error></ErrorResponse>";
+    let s3 = "<?xml version=\"1.0\"?><Error><Code>AccessDenied</Code><Message>Access Denied.</Message></Error>";
     let html = "<html><body>Forbidden by your administrator</body></html>";
     let with = |status: &str, text: &str| Answer { status: status.into(), ..body(text) };
     let cases: Vec<(Answer, KmsClass, &str)> = vec![
@@ -202,6 +203,13 @@ fn an_error_is_read_in_every_form_that_aws_sends_it_in() {
             "Disabled",
         ),
         (with("403 Forbidden", xml), KmsClass::Denied, "InvalidClientTokenId: The security token included"),
+        (with("403 Forbidden", s3), KmsClass::Misconfigured, "AccessDenied: Access Denied.; is the endpoint AWS KMS?"),
+        (
+            with("403 Forbidden", "{\"message\":\"Missing Authentication Token\"}")
+                .header("x-amzn-errortype", "MissingAuthenticationTokenException"),
+            KmsClass::Misconfigured,
+            "is the endpoint AWS KMS?",
+        ),
         (with("403 Forbidden", html), KmsClass::Unclassified, "HTTP 403, without an error code of AWS"),
         (with("404 Not Found", html), KmsClass::Misconfigured, "is the endpoint AWS KMS?"),
         (with("502 Bad Gateway", html), KmsClass::Unreachable, "HTTP 502"),
@@ -461,7 +469,7 @@ fn credentials_come_from_the_environment_and_from_files_that_may_be_mended() {
     assert_eq!(files(&path("bad")), "ok", "the file was mended after the first call, and the second takes that up");
 
     let none = with(&[region]);
-    assert!(none.starts_with("Denied"), "{none}");
+    assert!(none.starts_with("Misconfigured"), "{none}");
     for place in [
         "there are no AWS credentials; looked in",
         "Environment:",
@@ -568,7 +576,7 @@ fn a_source_of_credentials_that_does_not_answer_costs_no_more_than_the_deadline_
 
     // Nobody is there, as on a machine that is no EC2 instance.
     let none = with(&[("AWS_EC2_METADATA_SERVICE_ENDPOINT", &nobody)]);
-    assert!(none.starts_with("Denied") && none.contains("could not communicate with IMDS"), "{none}");
+    assert!(none.starts_with("Misconfigured") && none.contains("could not communicate with IMDS"), "{none}");
     // Somebody is there, and does not answer.
     let silent = with(&[("AWS_EC2_METADATA_SERVICE_ENDPOINT", &hanging)]);
     assert!(silent.starts_with("Unreachable") && silent.contains("could not communicate with IMDS"), "{silent}");
