@@ -20,6 +20,7 @@ use crate::error::{KmsClass, KmsError};
 const QUOTED: usize = 300;
 /// A chain of credential sources has more to say.
 const QUOTED_SOURCES: usize = 1200;
+const ADVICE_ENDPOINT: &str = "is the endpoint AWS KMS? does a proxy in between change requests?";
 const ADVICE_CLOCK: &str = "this machine's clock differs from AWS's by more than AWS allows: set it (NTP)";
 
 /// A failed call.
@@ -127,6 +128,8 @@ struct Answer {
     status: u16,
     retry_after: Option<Duration>,
     unreadable: bool,
+    /// It is one of S3, or of what imitates it.
+    of_s3: bool,
 }
 
 impl Answer {
@@ -144,7 +147,8 @@ impl Answer {
             None => match xml_text(body, "Code") {
                 Some(code) => {
                     let message = xml_text(body, "Message").unwrap_or_default().into();
-                    Self { code: Some(code.into()), message, unreadable: false, ..unreadable }
+                    let of_s3 = !body.contains("<ErrorResponse");
+                    Self { code: Some(code.into()), message, unreadable: false, of_s3, ..unreadable }
                 }
                 None => Self { unreadable: false, ..unreadable },
             },
@@ -162,10 +166,15 @@ impl Answer {
     }
 
     fn judge(self) -> Failure {
-        let (class, reason, advice) = match self.code.as_deref() {
+        let mut judgement = match self.code.as_deref() {
             Some(code) => judge_code(code, &self.message, self.status),
             None => judge_status(self.status),
         };
+        // What another service says of its own rights says nothing about the key.
+        if self.of_s3 && (judgement.0.is_revocation() || judgement.0 == KmsClass::BadCiphertext) {
+            judgement = (KmsClass::Misconfigured, Reason::Other, Some(ADVICE_ENDPOINT));
+        }
+        let (class, reason, advice) = judgement;
         let mut text = match &self.code {
             Some(code) if self.message.is_empty() => quoted(code, QUOTED),
             Some(code) => format!("{}: {}", quoted(code, QUOTED), quoted(&self.message, QUOTED)),
@@ -203,15 +212,22 @@ fn judge_code(code: &str, message: &str, status: u16) -> Judgement {
         {
             (Misconfigured, Reason::Other, Some(ADVICE_CLOCK))
         }
-        "UnrecognizedClientException"
-        | "InvalidClientTokenId"
-        | "InvalidAccessKeyId"
-        | "InvalidSignatureException"
-        | "SignatureDoesNotMatch"
-        | "IncompleteSignature"
+        "InvalidSignatureException" | "SignatureDoesNotMatch" if message.contains("Credential should be scoped to") => {
+            (
+                Misconfigured,
+                Reason::Other,
+                Some("the endpoint is in another region, or of another service, than is configured"),
+            )
+        }
+        // Every request is signed: one that came without has passed a proxy that changed it, or has come to an API gateway.
+        "IncompleteSignature"
         | "IncompleteSignatureException"
         | "MissingAuthenticationToken"
-        | "MissingAuthenticationTokenException"
+        | "MissingAuthenticationTokenException" => (Misconfigured, Reason::Other, Some(ADVICE_ENDPOINT)),
+        "UnrecognizedClientException"
+        | "InvalidClientTokenId"
+        | "InvalidSignatureException"
+        | "SignatureDoesNotMatch"
         | "TokenRefreshRequired"
         | "InvalidToken"
         | "AuthFailure" => (Denied, Reason::Credentials, None),
