@@ -368,17 +368,18 @@ fn judge_tls(error: &rustls::Error, text: String) -> Failure {
 }
 
 /// Why the source of the credentials gave none. A source that is out of reach says nothing about our rights; a source that
-/// says no does, and so does the lack of any.
+/// says no does. Where there are none, nobody has said no.
 fn judge_source(error: &CredentialsError, had_credentials: bool) -> (KmsClass, String) {
     let text = quoted(&chain_text(error), QUOTED_SOURCES);
     let class = match error {
         CredentialsError::CredentialsNotLoaded(_) => {
             let silent = silence_of_instance_metadata(error);
             // On a machine that is no EC2 instance, nobody listens at the metadata service's address. Who listens and does
-            // not answer, or has answered before, is out of order.
-            match silent {
-                Some(silence) if had_credentials || silence.contains("HTTP read timeout") => KmsClass::Unreachable,
-                _ => return (KmsClass::Denied, format!("there are no AWS credentials; looked in: {text}")),
+            // not answer is out of order, and so is any source that gave credentials before: a file is just being replaced.
+            if had_credentials || silent.is_some_and(|silence| silence.contains("HTTP read timeout")) {
+                KmsClass::Unreachable
+            } else {
+                return (KmsClass::Misconfigured, format!("there are no AWS credentials; looked in: {text}"));
             }
         }
         CredentialsError::ProviderTimedOut(_) => KmsClass::Unreachable,
