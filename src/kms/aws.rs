@@ -76,10 +76,13 @@ fn behavior() -> BehaviorVersion {
 /// a rewrap, and its state counts as the master key's. Prefer the ARN.
 ///
 /// Credentials are those that were given, or come from the SDK's default chain: environment, profile, web identity (EKS),
-/// container (ECS, EKS Pod Identity), instance metadata (EC2). They are loaded at the first call. After an answer that says
-/// they are bad, expired or without the right, client and credentials are made anew at the next call, so that a change in
-/// the file, the role or the policy is taken up without a restart; credentials without an end are also loaded anew every
-/// 15 minutes. The environment of a running process does not change: use [`AwsKms::replace_credentials`].
+/// container (ECS, EKS Pod Identity), instance metadata (EC2). They are loaded at the first call, and again shortly before
+/// their end; those of a file are kept until AWS refuses them. **A denial is believed only of credentials that were loaded
+/// for this very call**: of others, client and credentials are made anew and the call is repeated, so a change in the file or
+/// the role is taken up without a restart, and the old access key may be disabled as soon as the new one is there. That
+/// temporary credentials have expired is no denial where their source said for how long they hold: then that source or
+/// this machine's clock is out of order. The environment of a running process does not change: use
+/// [`AwsKms::replace_credentials`].
 ///
 /// The SDK's own retries are off: pageseal repeats calls itself. Calls are Encrypt, Decrypt and ReEncrypt, and DescribeKey
 /// where it takes one to understand a failure. [`KeyWrapper::rewrap_key`] is ReEncrypt, which hands no payload out; where
@@ -175,14 +178,14 @@ impl AwsKms {
         credentials.validate()?;
         let mut state = self.0.get_ref().state();
         state.credentials = Some(credentials.0);
-        state.forget();
+        state.replace();
         Ok(())
     }
 
     /// Makes client and credentials anew at the next call, from where they came. Needed only to take up other credentials
     /// while those in use still work.
     pub fn refresh(&self) {
-        self.0.get_ref().state().forget();
+        self.0.get_ref().state().replace();
     }
 }
 
@@ -343,7 +346,12 @@ impl AwsKmsBuilder {
         }
         let https = https_client_of(self.ca_file.as_deref()).map_err(misconfigured)?;
         let region = self.region.or_else(|| key.region().map(str::to_owned));
-        let state = State { credentials: self.credentials.map(|credentials| credentials.0), connected: None, epoch: 0 };
+        let state = State {
+            credentials: self.credentials.map(|credentials| credentials.0),
+            connected: None,
+            epoch: 0,
+            replaced: 0,
+        };
         let service = Service {
             key,
             region,
@@ -391,6 +399,8 @@ struct State {
     connected: Option<Arc<Connected>>,
     /// Counts what was forgotten: a client that was begun before is not kept.
     epoch: u64,
+    /// Counts the orders from outside to take other credentials.
+    replaced: u64,
 }
 
 impl State {
@@ -398,12 +408,21 @@ impl State {
         self.connected = None;
         self.epoch += 1;
     }
+
+    fn replace(&mut self) {
+        self.forget();
+        self.replaced += 1;
+    }
 }
 
 /// A client with its cache of credentials.
 struct Connected {
     client: Client,
     region: String,
+    /// When it was begun. Its credentials are not older.
+    since: Instant,
+    /// As in [`State`] then.
+    replaced: u64,
 }
 
 impl AsyncKeyWrapper for Service {
@@ -412,15 +431,15 @@ impl AsyncKeyWrapper for Service {
     }
 
     async fn wrap_key(&self, key: &KeyPayload, cx: &WrapContext<'_>) -> Result<WrappedKey, KmsError> {
-        self.within(cx, self.wrap(key, cx)).await
+        self.within(cx, self.believed(async |connected: &Arc<Connected>| self.wrap(key, cx, connected).await)).await
     }
 
     async fn unwrap_key(&self, key: &WrappedKey, cx: &WrapContext<'_>) -> Result<KeyPayload, KmsError> {
-        self.within(cx, self.unwrap(key, cx)).await
+        self.within(cx, self.believed(async |connected: &Arc<Connected>| self.unwrap(key, cx, connected).await)).await
     }
 
     async fn rewrap_key(&self, key: &WrappedKey, cx: &WrapContext<'_>) -> Result<WrappedKey, KmsError> {
-        self.within(cx, self.rewrap(key, cx)).await
+        self.within(cx, self.believed(async |connected: &Arc<Connected>| self.rewrap(key, cx, connected).await)).await
     }
 
     /// What this key wrapped, under whatever name. Not what other keys of the account wrapped: pageseal has those unwrapped
@@ -432,30 +451,56 @@ impl AsyncKeyWrapper for Service {
 }
 
 impl Service {
-    async fn wrap(&self, key: &KeyPayload, cx: &WrapContext<'_>) -> Result<WrappedKey, KmsError> {
-        let connected = self.connected().await?;
+    /// Makes the call, and repeats it after a denial that says nothing, because its credentials were loaded for an earlier
+    /// call or were replaced during this one. Each repetition takes a replacement, and the deadline ends them.
+    async fn believed<T>(&self, call: impl AsyncFn(&Arc<Connected>) -> Result<T, KmsError>) -> Result<T, KmsError> {
+        let started = Instant::now();
+        loop {
+            let connected = self.connected().await?;
+            let outcome = call(&connected).await;
+            if outcome.as_ref().err().is_none_or(|error| error.class != KmsClass::Denied) {
+                return outcome;
+            }
+            self.forget(&connected);
+            let replaced = self.state().replaced != connected.replaced;
+            if connected.since >= started && !replaced {
+                return outcome;
+            }
+        }
+    }
+
+    async fn wrap(
+        &self,
+        key: &KeyPayload,
+        cx: &WrapContext<'_>,
+        connected: &Arc<Connected>,
+    ) -> Result<WrappedKey, KmsError> {
         let plaintext = Blob::new(key.with_bytes(|bytes| bytes.to_vec())?);
         let call = connected.client.encrypt().key_id(self.key.text()).plaintext(plaintext);
         let answer = match call.set_encryption_context(Some(encryption_context(cx))).send().await {
             Ok(answer) => answer,
-            Err(error) => return Err(self.refused("Encrypt", &error, &connected, self.key.text()).await.into_error()),
+            Err(error) => return Err(self.refused("Encrypt", &error, connected, self.key.text()).await.into_error()),
         };
-        self.wrapped("Encrypt", answer.key_id, answer.ciphertext_blob, &connected)
+        self.wrapped("Encrypt", answer.key_id, answer.ciphertext_blob, connected)
     }
 
-    async fn unwrap(&self, key: &WrappedKey, cx: &WrapContext<'_>) -> Result<KeyPayload, KmsError> {
+    async fn unwrap(
+        &self,
+        key: &WrappedKey,
+        cx: &WrapContext<'_>,
+        connected: &Arc<Connected>,
+    ) -> Result<KeyPayload, KmsError> {
         let (recorded, ciphertext) = recorded(key)?;
-        let connected = self.connected().await?;
         let named = self.key.that_unwraps(&recorded, &connected.region).map_err(bad)?;
         let call = connected.client.decrypt().key_id(&named).ciphertext_blob(Blob::new(ciphertext));
         let answer = match call.set_encryption_context(Some(encryption_context(cx))).send().await {
             Ok(answer) => answer,
             Err(error) => {
-                let mut failure = self.refused("Decrypt", &error, &connected, &named).await;
+                let mut failure = self.refused("Decrypt", &error, connected, &named).await;
                 if failure.reason == Reason::Policy {
-                    failure = self.of_this_ciphertext(failure, &connected, &named, cx).await;
+                    failure = self.of_this_ciphertext(failure, connected, &named, cx).await;
                 }
-                return Err(self.of_recorded(failure, &recorded, &connected).await.into_error());
+                return Err(self.of_recorded(failure, &recorded, connected).await.into_error());
             }
         };
         // From here on the bytes are wiped, whatever else is wrong.
@@ -474,24 +519,28 @@ impl Service {
         Ok(KeyPayload::from_bytes(&mut plaintext.0)?)
     }
 
-    async fn rewrap(&self, key: &WrappedKey, cx: &WrapContext<'_>) -> Result<WrappedKey, KmsError> {
+    async fn rewrap(
+        &self,
+        key: &WrappedKey,
+        cx: &WrapContext<'_>,
+        connected: &Arc<Connected>,
+    ) -> Result<WrappedKey, KmsError> {
         let (recorded, ciphertext) = recorded(key)?;
-        let connected = self.connected().await?;
         let named = self.key.that_unwraps(&recorded, &connected.region).map_err(bad)?;
         let context = encryption_context(cx);
         let call = connected.client.re_encrypt().source_key_id(&named).destination_key_id(self.key.text());
         let call = call.set_source_encryption_context(Some(context.clone()));
         let call = call.set_destination_encryption_context(Some(context));
         match call.ciphertext_blob(Blob::new(ciphertext)).send().await {
-            Ok(answer) => self.wrapped("ReEncrypt", answer.key_id, answer.ciphertext_blob, &connected),
+            Ok(answer) => self.wrapped("ReEncrypt", answer.key_id, answer.ciphertext_blob, connected),
             Err(error) => {
-                let failure = Failure::of("ReEncrypt", &error, self.watch.has_loaded());
+                let failure = Failure::of("ReEncrypt", &error, &self.watch);
                 if matches!(failure.reason, Reason::Policy | Reason::UnknownCall) {
                     // Decrypt and Encrypt are rights of their own; their answers count.
-                    return self.wrap(&self.unwrap(key, cx).await?, cx).await;
+                    return self.wrap(&self.unwrap(key, cx, connected).await?, cx, connected).await;
                 }
-                let failure = self.understood(failure, &connected, &named).await;
-                Err(self.of_recorded(failure, &recorded, &connected).await.into_error())
+                let failure = self.understood(failure, connected, &named).await;
+                Err(self.of_recorded(failure, &recorded, connected).await.into_error())
             }
         }
     }
@@ -532,11 +581,11 @@ impl Service {
         E: ProvideErrorMetadata + std::error::Error + 'static,
     {
         let call = format!("{call} with {named} in {}", connected.region);
-        self.understood(Failure::of(&call, error, self.watch.has_loaded()), connected, named).await
+        self.understood(Failure::of(&call, error, &self.watch), connected, named).await
     }
 
     async fn understood(&self, failure: Failure, connected: &Arc<Connected>, named: &str) -> Failure {
-        if failure.class == KmsClass::Denied {
+        if failure.class == KmsClass::Denied || failure.reason == Reason::Expired {
             self.forget(connected);
         }
         match failure.reason {
@@ -594,14 +643,14 @@ impl Service {
         let call = connected.client.encrypt().key_id(named).plaintext(Blob::new(*b"pageseal asks for its rights"));
         let fresh = match call.set_encryption_context(context.clone()).send().await {
             Ok(answer) => answer.ciphertext_blob,
-            Err(error) => return silent_or(Failure::of("Encrypt", &error, self.watch.has_loaded()), failure),
+            Err(error) => return silent_or(Failure::of("Encrypt", &error, &self.watch), failure),
         };
         let call = connected.client.decrypt().key_id(named).set_ciphertext_blob(fresh);
         match call.set_encryption_context(context).send().await {
             Ok(_) => {
                 failure.reclassified(KmsClass::BadCiphertext, "only this ciphertext is refused, a fresh one is not")
             }
-            Err(error) => silent_or(Failure::of("Decrypt", &error, self.watch.has_loaded()), failure),
+            Err(error) => silent_or(Failure::of("Decrypt", &error, &self.watch), failure),
         }
     }
 
@@ -614,7 +663,7 @@ impl Service {
         match connected.client.describe_key().key_id(named).send().await {
             Ok(answer) => Ok(answer.key_metadata.ok_or(())),
             Err(error) => {
-                let failure = Failure::of("DescribeKey", &error, self.watch.has_loaded());
+                let failure = Failure::of("DescribeKey", &error, &self.watch);
                 match failure.class {
                     KmsClass::Unreachable | KmsClass::Throttled => Err(failure),
                     _ => Ok(Err(())),
@@ -650,14 +699,16 @@ impl Service {
     /// The client in use, or a new one.
     async fn connected(&self) -> Result<Arc<Connected>, KmsError> {
         loop {
-            let (epoch, credentials) = {
+            let since = Instant::now();
+            let (epoch, replaced, credentials) = {
                 let state = self.state();
                 if let Some(connected) = &state.connected {
                     return Ok(Arc::clone(connected));
                 }
-                (state.epoch, state.credentials.clone())
+                (state.epoch, state.replaced, state.credentials.clone())
             };
-            let made = self.connect(credentials).await?;
+            let (client, region) = self.connect(credentials).await?;
+            let made = Connected { client, region, since, replaced };
             let mut state = self.state();
             if state.epoch == epoch {
                 // Of those that were made at the same time one is kept, so that credentials are loaded once.
@@ -666,7 +717,7 @@ impl Service {
         }
     }
 
-    async fn connect(&self, credentials: Option<Credentials>) -> Result<Connected, KmsError> {
+    async fn connect(&self, credentials: Option<Credentials>) -> Result<(Client, String), KmsError> {
         let cache = IdentityCache::lazy().load_timeout(LOAD_TIMEOUT).build();
         let mut loader = aws_config::defaults(behavior())
             .http_client(self.https.clone())
@@ -697,7 +748,7 @@ impl Service {
         if let Some(inner) = found.credentials_provider() {
             config = config.credentials_provider(Watched { inner, watch: Arc::clone(&self.watch) });
         }
-        Ok(Connected { client: Client::from_conf(config.build()), region })
+        Ok((Client::from_conf(config.build()), region))
     }
 
     /// Has the next call make client and credentials anew, unless that happened already.

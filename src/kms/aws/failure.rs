@@ -13,12 +13,14 @@ use aws_sdk_kms::config::http::HttpResponse;
 use aws_sdk_kms::error::{ConnectorError, ProvideErrorMetadata, SdkError};
 use aws_sdk_kms::types::KeyState;
 
+use super::transport::Watch;
 use crate::error::{KmsClass, KmsError};
 
 /// How much of a text from outside an error quotes.
 const QUOTED: usize = 300;
 /// A chain of credential sources has more to say.
 const QUOTED_SOURCES: usize = 1200;
+const ADVICE_ENDPOINT: &str = "is the endpoint AWS KMS? does a proxy in between change requests?";
 const ADVICE_CLOCK: &str = "this machine's clock differs from AWS's by more than AWS allows: set it (NTP)";
 
 /// A failed call.
@@ -35,6 +37,8 @@ pub(super) struct Failure {
 pub(super) enum Reason {
     /// The credentials, or their source.
     Credentials,
+    /// The credentials, which are too old.
+    Expired,
     /// A policy.
     Policy,
     /// The named key or alias is not there.
@@ -51,13 +55,14 @@ impl Failure {
         Self { class, reason: Reason::Other, text: text.into(), retry_after: None }
     }
 
-    /// Judges an error of the SDK. `had_credentials`: whether their source has ever given any.
-    pub(super) fn of<E>(call: &str, error: &SdkError<E, HttpResponse>, had_credentials: bool) -> Self
+    /// Judges an error of the SDK.
+    pub(super) fn of<E>(call: &str, error: &SdkError<E, HttpResponse>, watch: &Watch) -> Self
     where
         E: ProvideErrorMetadata + StdError + 'static,
     {
+        let had_credentials = watch.has_loaded();
         let mut failure = match error {
-            SdkError::ServiceError(refused) => Answer::new(refused.err(), refused.raw()).judge(),
+            SdkError::ServiceError(refused) => Answer::new(refused.err(), refused.raw()).judge().or_outdated(watch),
             // It came, and cannot be read. The parser's text may quote what it read, so it is not shown.
             SdkError::ResponseError(unreadable) => Answer::unreadable(unreadable.raw()).judge(),
             SdkError::TimeoutError(_) => Self::new(KmsClass::Unreachable, "no answer in time"),
@@ -81,6 +86,16 @@ impl Failure {
             Some(after) => error.retry_after(after),
             None => error,
         }
+    }
+
+    /// Whoever is denied has lost a right, not the time: a source that renews what it gives, and gives what has expired, is
+    /// out of order (an instance's metadata service prolongs its credentials by itself then), or this machine's clock is slow.
+    fn or_outdated(self, watch: &Watch) -> Self {
+        if self.reason != Reason::Expired || !watch.is_renewed() {
+            return self;
+        }
+        let why = "the source of the AWS credentials gave ones that have expired, or this machine's clock is slow";
+        self.reclassified(KmsClass::Unreachable, why)
     }
 
     pub(super) fn reclassified(self, class: KmsClass, why: &str) -> Self {
@@ -113,6 +128,8 @@ struct Answer {
     status: u16,
     retry_after: Option<Duration>,
     unreadable: bool,
+    /// It is one of S3, or of what imitates it.
+    of_s3: bool,
 }
 
 impl Answer {
@@ -130,7 +147,8 @@ impl Answer {
             None => match xml_text(body, "Code") {
                 Some(code) => {
                     let message = xml_text(body, "Message").unwrap_or_default().into();
-                    Self { code: Some(code.into()), message, unreadable: false, ..unreadable }
+                    let of_s3 = !body.contains("<ErrorResponse");
+                    Self { code: Some(code.into()), message, unreadable: false, of_s3, ..unreadable }
                 }
                 None => Self { unreadable: false, ..unreadable },
             },
@@ -148,10 +166,15 @@ impl Answer {
     }
 
     fn judge(self) -> Failure {
-        let (class, reason, advice) = match self.code.as_deref() {
+        let mut judgement = match self.code.as_deref() {
             Some(code) => judge_code(code, &self.message, self.status),
             None => judge_status(self.status),
         };
+        // What another service says of its own rights says nothing about the key.
+        if self.of_s3 && (judgement.0.is_revocation() || judgement.0 == KmsClass::BadCiphertext) {
+            judgement = (KmsClass::Misconfigured, Reason::Other, Some(ADVICE_ENDPOINT));
+        }
+        let (class, reason, advice) = judgement;
         let mut text = match &self.code {
             Some(code) if self.message.is_empty() => quoted(code, QUOTED),
             Some(code) => format!("{}: {}", quoted(code, QUOTED), quoted(&self.message, QUOTED)),
@@ -189,20 +212,26 @@ fn judge_code(code: &str, message: &str, status: u16) -> Judgement {
         {
             (Misconfigured, Reason::Other, Some(ADVICE_CLOCK))
         }
-        "UnrecognizedClientException"
-        | "InvalidClientTokenId"
-        | "InvalidAccessKeyId"
-        | "InvalidSignatureException"
-        | "SignatureDoesNotMatch"
-        | "IncompleteSignature"
+        "InvalidSignatureException" | "SignatureDoesNotMatch" if message.contains("Credential should be scoped to") => {
+            (
+                Misconfigured,
+                Reason::Other,
+                Some("the endpoint is in another region, or of another service, than is configured"),
+            )
+        }
+        // Every request is signed: one that came without has passed a proxy that changed it, or has come to an API gateway.
+        "IncompleteSignature"
         | "IncompleteSignatureException"
         | "MissingAuthenticationToken"
-        | "MissingAuthenticationTokenException"
-        | "ExpiredToken"
-        | "ExpiredTokenException"
+        | "MissingAuthenticationTokenException" => (Misconfigured, Reason::Other, Some(ADVICE_ENDPOINT)),
+        "UnrecognizedClientException"
+        | "InvalidClientTokenId"
+        | "InvalidSignatureException"
+        | "SignatureDoesNotMatch"
         | "TokenRefreshRequired"
         | "InvalidToken"
         | "AuthFailure" => (Denied, Reason::Credentials, None),
+        "ExpiredToken" | "ExpiredTokenException" => (Denied, Reason::Expired, None),
         "AccessDeniedException" | "AccessDenied" | "NotAuthorized" | "UnauthorizedOperation" => {
             (Denied, Reason::Policy, None)
         }
@@ -339,17 +368,18 @@ fn judge_tls(error: &rustls::Error, text: String) -> Failure {
 }
 
 /// Why the source of the credentials gave none. A source that is out of reach says nothing about our rights; a source that
-/// says no does, and so does the lack of any.
+/// says no does. Where there are none, nobody has said no.
 fn judge_source(error: &CredentialsError, had_credentials: bool) -> (KmsClass, String) {
     let text = quoted(&chain_text(error), QUOTED_SOURCES);
     let class = match error {
         CredentialsError::CredentialsNotLoaded(_) => {
             let silent = silence_of_instance_metadata(error);
             // On a machine that is no EC2 instance, nobody listens at the metadata service's address. Who listens and does
-            // not answer, or has answered before, is out of order.
-            match silent {
-                Some(silence) if had_credentials || silence.contains("HTTP read timeout") => KmsClass::Unreachable,
-                _ => return (KmsClass::Denied, format!("there are no AWS credentials; looked in: {text}")),
+            // not answer is out of order, and so is any source that gave credentials before: a file is just being replaced.
+            if had_credentials || silent.is_some_and(|silence| silence.contains("HTTP read timeout")) {
+                KmsClass::Unreachable
+            } else {
+                return (KmsClass::Misconfigured, format!("there are no AWS credentials; looked in: {text}"));
             }
         }
         CredentialsError::ProviderTimedOut(_) => KmsClass::Unreachable,
@@ -374,8 +404,12 @@ fn judge_source_text(text: &str) -> KmsClass {
         "IDPRejectedClaim",
         "InvalidGrant",
     ];
+    // The provider of identities was out of reach for STS, though the code is one of a bad token.
+    const OUT_OF_REACH: [&str; 2] = ["Couldn't retrieve verification key", "IDPCommunicationError"];
     let says = |what: &&str| text.contains(*what);
-    if DENIED.iter().any(says) {
+    if OUT_OF_REACH.iter().any(says) {
+        KmsClass::Unreachable
+    } else if DENIED.iter().any(says) {
         KmsClass::Denied
     } else if says(&"Throttl") {
         KmsClass::Throttled
@@ -468,9 +502,6 @@ mod tests {
                     "InvalidClientTokenId",
                     "InvalidSignatureException",
                     "SignatureDoesNotMatch",
-                    "IncompleteSignature",
-                    "MissingAuthenticationToken",
-                    "MissingAuthenticationTokenException",
                     "ExpiredTokenException",
                     "ExpiredToken",
                 ],
@@ -500,6 +531,9 @@ mod tests {
                     "InvalidAction",
                     "RequestTimeTooSkewed",
                     "RequestExpired",
+                    "IncompleteSignature",
+                    "MissingAuthenticationToken",
+                    "MissingAuthenticationTokenException",
                 ],
             ),
         ];
@@ -524,6 +558,17 @@ mod tests {
             assert_eq!(failure.class, Misconfigured);
             assert!(failure.text.contains("set it (NTP)"), "{}", failure.text);
         }
+    }
+
+    #[test]
+    fn a_signature_for_another_region_is_a_setting() {
+        let failure = answered(
+            "InvalidSignatureException",
+            "Credential should be scoped to a valid region, not 'us-east-1'. ",
+            400,
+        );
+        assert_eq!(failure.class, Misconfigured);
+        assert!(failure.text.contains("the endpoint is in another region"), "{}", failure.text);
     }
 
     #[test]
@@ -573,13 +618,22 @@ mod tests {
     fn a_source_of_credentials_that_is_out_of_reach_says_nothing_and_one_that_says_no_does() {
         let refused = || std::io::Error::from(std::io::ErrorKind::ConnectionRefused);
         let cases = [
-            (CredentialsError::not_loaded("nothing is set"), Denied),
+            (CredentialsError::not_loaded("nothing is set"), Misconfigured),
             (CredentialsError::provider_timed_out(Duration::from_secs(1)), Unreachable),
             (CredentialsError::invalid_configuration("line 3"), Misconfigured),
             (CredentialsError::provider_error(ConnectorError::io(refused().into())), Unreachable),
             (CredentialsError::provider_error(ConnectorError::timeout("slow".into())), Unreachable),
             (CredentialsError::provider_error("AccessDenied: no AssumeRole"), Denied),
             (CredentialsError::provider_error("ExpiredTokenException: token"), Denied),
+            (
+                CredentialsError::provider_error(
+                    "InvalidIdentityToken: Couldn't retrieve verification key from your identity provider, please reference \
+                     AssumeRoleWithWebIdentity documentation for requirements",
+                ),
+                Unreachable,
+            ),
+            (CredentialsError::provider_error("IDPCommunicationError: could not be reached"), Unreachable),
+            (CredentialsError::provider_error("InvalidIdentityToken: No OpenIDConnect provider found"), Denied),
             (CredentialsError::provider_error("Throttling: slow down"), Throttled),
             (CredentialsError::provider_error("request has timed out"), Unreachable),
             (CredentialsError::unhandled("what"), Unclassified),
@@ -588,6 +642,9 @@ mod tests {
             let failure = not_sent(&ConnectorError::other(error.into(), None), false);
             assert_eq!((failure.class, failure.reason), (class, Reason::Credentials), "{}", failure.text);
         }
+        // There were some, so their source is out of order: a file just being replaced, a mount that is gone.
+        let gone = ConnectorError::other(CredentialsError::not_loaded("nothing is set").into(), None);
+        assert_eq!(not_sent(&gone, true).class, Unreachable);
     }
 
     #[test]

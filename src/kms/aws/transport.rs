@@ -157,12 +157,18 @@ pub(super) fn endpoint_is_sound(url: &str, plain_http: bool) -> Result<(), Strin
 pub(super) struct Watch {
     loading: AtomicUsize,
     loaded: AtomicBool,
+    renewed: AtomicBool,
 }
 
 impl Watch {
     /// Whether credentials are being loaded just now.
     pub(super) fn is_loading(&self) -> bool {
         self.loading.load(Ordering::Relaxed) > 0
+    }
+
+    /// Whether those that were loaded last came with their end, before which their source has to give others.
+    pub(super) fn is_renewed(&self) -> bool {
+        self.renewed.load(Ordering::Relaxed)
     }
 
     /// Whether credentials were ever loaded.
@@ -186,7 +192,10 @@ impl ProvideCredentials for Watched {
         future::ProvideCredentials::new(async move {
             let _loading = Loading::new(&self.watch);
             let loaded = self.inner.provide_credentials().await;
-            self.watch.loaded.fetch_or(loaded.is_ok(), Ordering::Relaxed);
+            if let Ok(credentials) = &loaded {
+                self.watch.loaded.store(true, Ordering::Relaxed);
+                self.watch.renewed.store(credentials.expiry().is_some(), Ordering::Relaxed);
+            }
             loaded
         })
     }

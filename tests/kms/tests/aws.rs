@@ -8,7 +8,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use pageseal::testing::conformance::{Front, Passage, context, payload};
-use pageseal::{AwsKms, Cluster, ClusterOptions, KeyPayload, KeyWrapper, KmsClass, WrapContext, WrappedKey, Wrappers};
+use pageseal::{
+    AwsCredentials, AwsKms, Cluster, ClusterOptions, KeyPayload, KeyWrapper, KmsClass, WrapContext, WrappedKey,
+    Wrappers,
+};
 use pageseal_kms_tests::aws::fake::{ARN, FakeKms, KEY, ok, refusal};
 use pageseal_kms_tests::aws::{Emulator, OTHER_REGION, REGION};
 use pageseal_kms_tests::http::{Answer, HttpServer};
@@ -177,6 +180,7 @@ fn an_error_is_read_in_every_form_that_aws_sends_it_in() {
     let body = |body: &str| Answer { status: "400 Bad Request".into(), headers: Vec::new(), body: body.into() };
     let xml = "<?xml version=\"1.0\"?><ErrorResponse><Error><Code>InvalidClientTokenId</Code><Message>The security token \
                included in the request is invalid.</Message></Error></ErrorResponse>";
+    let s3 = "<?xml version=\"1.0\"?><Error><Code>AccessDenied</Code><Message>Access Denied.</Message></Error>";
     let html = "<html><body>Forbidden by your administrator</body></html>";
     let with = |status: &str, text: &str| Answer { status: status.into(), ..body(text) };
     let cases: Vec<(Answer, KmsClass, &str)> = vec![
@@ -199,6 +203,13 @@ fn an_error_is_read_in_every_form_that_aws_sends_it_in() {
             "Disabled",
         ),
         (with("403 Forbidden", xml), KmsClass::Denied, "InvalidClientTokenId: The security token included"),
+        (with("403 Forbidden", s3), KmsClass::Misconfigured, "AccessDenied: Access Denied.; is the endpoint AWS KMS?"),
+        (
+            with("403 Forbidden", "{\"message\":\"Missing Authentication Token\"}")
+                .header("x-amzn-errortype", "MissingAuthenticationTokenException"),
+            KmsClass::Misconfigured,
+            "is the endpoint AWS KMS?",
+        ),
         (with("403 Forbidden", html), KmsClass::Unclassified, "HTTP 403, without an error code of AWS"),
         (with("404 Not Found", html), KmsClass::Misconfigured, "is the endpoint AWS KMS?"),
         (with("502 Bad Gateway", html), KmsClass::Unreachable, "HTTP 502"),
@@ -389,9 +400,13 @@ fn what_a_cluster_costs_in_calls() {
 
 /// What a process of its own says, with nothing in its environment but this: `ok`, or the class and the text.
 fn in_child(environment: &[(&str, &str)]) -> String {
+    in_child_of("child", environment)
+}
+
+fn in_child_of(test: &str, environment: &[(&str, &str)]) -> String {
     let program = std::env::current_exe().unwrap();
     let mut command = Command::new(program);
-    command.args(["--exact", "child", "--ignored", "--nocapture"]).env_clear().env("HOME", "/nonexistent");
+    command.args(["--exact", test, "--ignored", "--nocapture"]).env_clear().env("HOME", "/nonexistent");
     let output = command.envs(environment.iter().copied()).output().unwrap();
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
     let answer = said.lines().find_map(|line| line.split_once("CHILD ")).map(|parts| parts.1.to_owned());
@@ -454,7 +469,7 @@ fn credentials_come_from_the_environment_and_from_files_that_may_be_mended() {
     assert_eq!(files(&path("bad")), "ok", "the file was mended after the first call, and the second takes that up");
 
     let none = with(&[region]);
-    assert!(none.starts_with("Denied"), "{none}");
+    assert!(none.starts_with("Misconfigured"), "{none}");
     for place in [
         "there are no AWS credentials; looked in",
         "Environment:",
@@ -470,6 +485,86 @@ fn credentials_come_from_the_environment_and_from_files_that_may_be_mended() {
 }
 
 #[test]
+fn a_denial_is_believed_of_credentials_only_that_were_loaded_for_this_very_call() {
+    let fake = Arc::new(FakeKms::start());
+    for code in ["UnrecognizedClientException", "ExpiredTokenException", "AccessDeniedException"] {
+        fake.script(|_, _| None);
+        let wrapper = fake.builder(KEY).build().unwrap();
+        let class = |wrapper: &AwsKms| wrapper.wrap_key(&payload(), &context(LONG)).err().map(|error| error.class);
+        let times = |count: u32, then: Box<dyn Fn() + Send>| {
+            let left = AtomicU32::new(count);
+            fake.calls();
+            fake.script(move |_, _| {
+                left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).ok()?;
+                then();
+                Some(refusal(code, "no"))
+            });
+        };
+        assert_eq!(class(&wrapper), None);
+        times(1, Box::new(|| ()));
+        assert_eq!((class(&wrapper), fake.calls().len()), (None, 2), "{code}: others were loaded");
+        times(9, Box::new(|| ()));
+        assert_eq!((class(&wrapper), fake.calls().len()), (Some(KmsClass::Denied), 2), "{code}: others are no better");
+        assert_eq!((class(&wrapper), fake.calls().len()), (Some(KmsClass::Denied), 1), "{code}: these are new");
+        // Replaced while the call was under way.
+        let other = wrapper.clone();
+        times(1, Box::new(move || other.replace_credentials(AwsCredentials::new("AKIAOTHER", "secret")).unwrap()));
+        assert_eq!((class(&wrapper), fake.calls().len()), (None, 2), "{code}: they were replaced");
+    }
+}
+
+/// Not a test: changes the access key in the file that its environment names, and has the service refuse the old one then.
+#[test]
+#[ignore = "run by other tests in a process of its own"]
+fn child_that_changes_its_access_key() {
+    let fake = FakeKms::start();
+    let file = std::env::var("AWS_SHARED_CREDENTIALS_FILE").unwrap();
+    let write =
+        |id: &str| std::fs::write(&file, format!("[default]\naws_access_key_id = {id}\naws_secret_access_key = s\n"));
+    write("AKIAOLD").unwrap();
+    let wrapper = AwsKms::builder(ARN).endpoint_url(fake.url()).build().unwrap();
+    let before = wrapper.wrap_key(&payload(), &context(LONG)).map(drop);
+    write("AKIANEW").unwrap();
+    fake.refuse_access_key("AKIAOLD");
+    let after = wrapper.wrap_key(&payload(), &context(LONG)).map(drop);
+    println!("CHILD {before:?} {after:?}");
+}
+
+#[test]
+fn the_old_access_key_may_be_disabled_as_soon_as_the_new_one_is_in_the_file() {
+    let place = Directory::new();
+    let file = place.0.join("credentials");
+    let environment = [("AWS_SHARED_CREDENTIALS_FILE", file.to_str().unwrap()), ("AWS_EC2_METADATA_DISABLED", "true")];
+    assert_eq!(in_child_of("child_that_changes_its_access_key", &environment), "Ok(()) Ok(())");
+}
+
+#[test]
+fn expired_credentials_out_of_the_instance_metadata_are_no_denial() {
+    let fake = FakeKms::start();
+    fake.script(|_, _| Some(refusal("ExpiredTokenException", "The security token included in the request is expired")));
+    let metadata = HttpServer::plain(|request| match request.path() {
+        "/latest/api/token" => Answer::json("200 OK", "token").header("x-aws-ec2-metadata-token-ttl-seconds", "21600"),
+        path if path.ends_with("/role") => Answer::json(
+            "200 OK",
+            json!({ "Code": "Success", "Type": "AWS-HMAC", "AccessKeyId": "ASIAEXAMPLE", "SecretAccessKey": "secret",
+                    "Token": "token", "LastUpdated": "2026-01-01T00:00:00Z", "Expiration": "2026-01-01T06:00:00Z" }),
+        ),
+        _ => Answer::json("200 OK", "role"),
+    });
+    let (url, metadata) = (fake.url(), format!("http://{}", metadata.address()));
+    let base = [("PAGESEAL_AWS_KEY", ARN), ("AWS_ENDPOINT_URL_KMS", url.as_str())];
+    let with = |more: &[(&str, &str)]| in_child(&[&base[..], more].concat());
+    let said = with(&[("AWS_EC2_METADATA_SERVICE_ENDPOINT", &metadata)]);
+    assert!(said.starts_with("Unreachable") && said.contains("ones that have expired"), "{said}");
+    assert!(!fake.calls().is_empty());
+    // Nobody renews these.
+    let given =
+        [("AWS_ACCESS_KEY_ID", "ASIAEXAMPLE"), ("AWS_SECRET_ACCESS_KEY", "secret"), ("AWS_SESSION_TOKEN", "token")];
+    let said = with(&given);
+    assert!(said.starts_with("Denied") && said.contains("ExpiredTokenException"), "{said}");
+}
+
+#[test]
 fn a_source_of_credentials_that_does_not_answer_costs_no_more_than_the_deadline_and_says_nothing() {
     let nobody = format!("http://127.0.0.1:{}", free_port());
     let hanging = Front::before(SocketAddr::from(([127, 0, 0, 1], free_port()))).unwrap();
@@ -481,7 +576,7 @@ fn a_source_of_credentials_that_does_not_answer_costs_no_more_than_the_deadline_
 
     // Nobody is there, as on a machine that is no EC2 instance.
     let none = with(&[("AWS_EC2_METADATA_SERVICE_ENDPOINT", &nobody)]);
-    assert!(none.starts_with("Denied") && none.contains("could not communicate with IMDS"), "{none}");
+    assert!(none.starts_with("Misconfigured") && none.contains("could not communicate with IMDS"), "{none}");
     // Somebody is there, and does not answer.
     let silent = with(&[("AWS_EC2_METADATA_SERVICE_ENDPOINT", &hanging)]);
     assert!(silent.starts_with("Unreachable") && silent.contains("could not communicate with IMDS"), "{silent}");

@@ -29,6 +29,8 @@ struct Shared {
     /// What was encrypted, with its context.
     stored: Mutex<HashMap<String, (String, Value)>>,
     script: Mutex<Box<Script>>,
+    /// The id of an access key that is not known any more.
+    refused: Mutex<Option<String>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -41,6 +43,7 @@ impl Shared {
             requests: Mutex::default(),
             stored: Mutex::default(),
             script: Mutex::new(Box::new(|_, _| None)),
+            refused: Mutex::default(),
         })
     }
 }
@@ -82,6 +85,11 @@ impl FakeKms {
         *lock(&self.shared.script) = Box::new(script);
     }
 
+    /// From now on, what is signed with this access key is refused.
+    pub fn refuse_access_key(&self, id: &str) {
+        *lock(&self.shared.refused) = Some(id.into());
+    }
+
     /// The calls since the last time that this was asked.
     pub fn calls(&self) -> Vec<String> {
         self.requests().into_iter().map(|request| request.0).collect()
@@ -98,6 +106,10 @@ impl Shared {
         let action = request.header("x-amz-target").unwrap_or_default().trim_start_matches("TrentService.").to_owned();
         let body = request.json();
         lock(&self.requests).push((action.clone(), body.clone()));
+        let signed = request.header("authorization").unwrap_or_default();
+        if lock(&self.refused).as_ref().is_some_and(|id| signed.contains(&format!("Credential={id}/"))) {
+            return refusal("UnrecognizedClientException", "The security token included in the request is invalid.");
+        }
         if let Some(scripted) = lock(&self.script)(&action, &body) {
             return scripted;
         }
