@@ -102,7 +102,8 @@ impl VaultTransit {
         VaultTransitBuilder::new(address.into(), key.into(), auth)
     }
 
-    /// The key and the credentials that the environment names. For the first seven, OpenBao's names (`BAO_`) go before.
+    /// The key and the credentials that the environment names. Of those that begin with `VAULT_`, OpenBao's names (`BAO_`) go
+    /// before.
     ///
     /// | variable | meaning |
     /// |---|---|
@@ -112,7 +113,8 @@ impl VaultTransit {
     /// | `VAULT_CACERT` | a PEM file with the certificate authorities to trust, and no others |
     /// | `VAULT_SKIP_VERIFY` | refused unless false |
     /// | `VAULT_CAPATH`, `VAULT_CACERT_BYTES` | refused: not supported |
-    /// | `VAULT_CLIENT_CERT`, `VAULT_TLS_SERVER_NAME` | refused: not supported |
+    /// | `VAULT_CLIENT_CERT`, `VAULT_CLIENT_KEY`, `VAULT_TLS_SERVER_NAME` | refused: not supported |
+    /// | `VAULT_AGENT_ADDR`, `VAULT_PROXY_ADDR`, `VAULT_HTTP_PROXY` | refused: not supported |
     /// | `PAGESEAL_VAULT_KEY` | the key's name; required |
     /// | `PAGESEAL_VAULT_MOUNT` | where the transit engine is mounted; `transit` if not set |
     /// | `PAGESEAL_VAULT_ROLE_ID` | the role id of an AppRole |
@@ -121,14 +123,15 @@ impl VaultTransit {
     /// | `PAGESEAL_VAULT_KUBERNETES_JWT_FILE` | its token, if not the pod's own |
     /// | `PAGESEAL_VAULT_AUTH_MOUNT` | where the login method is mounted; `approle` or `kubernetes` if not set |
     /// | `PAGESEAL_VAULT_TOKEN_FILE` | a file with a token, read at each call |
-    /// | `HTTPS_PROXY`, `ALL_PROXY`, `NO_PROXY` | a proxy, for addresses with TLS |
+    /// | `ALL_PROXY`, `HTTPS_PROXY`, `HTTP_PROXY`; `NO_PROXY` | a proxy for addresses with TLS, the first that is set |
     ///
-    /// Without any credentials, the token in `~/.vault-token` is used, as by `vault` and `bao`.
+    /// The names of the proxy may be in lower case too. One that is no URL is passed over. A part of a login method without the
+    /// method, such as a secret id without a role id, is refused. Without any credentials, the token in `~/.vault-token` is used, as by `vault` and `bao`.
     ///
     /// # Errors
     /// [`ErrorKind::Misconfigured`], naming the variable that is missing, wrong or not supported.
     pub fn from_env() -> Result<Self> {
-        VaultTransitBuilder::from_variables(&|name| std::env::var(name).ok())?.build()
+        VaultTransitBuilder::from_variables(&text_of)?.build()
     }
 
     /// Uses `auth` from now on, in all clones, for calls that have not begun.
@@ -236,6 +239,11 @@ impl fmt::Debug for VaultTransit {
         let mut shown = f.debug_struct("VaultTransit");
         shown.field("address", &self.0.http.address()).field("id", &self.0.id).finish_non_exhaustive()
     }
+}
+
+/// A variable of the environment. What is not UTF-8 comes out as a text that no setting takes: it must not count as unset.
+fn text_of(name: &str) -> Option<String> {
+    std::env::var_os(name).map(|value| value.to_string_lossy().into_owned())
 }
 
 /// A ciphertext's `vault:vN:` and base64, as [`KeyWrapper::wrap_key`] stores it.
