@@ -338,7 +338,7 @@ mod tests {
     #[test]
     fn an_address_that_cannot_be_right_is_told() {
         for (address, part) in [
-            ("vault:8200", "neither https nor http"),
+            ("vault:8200", "no scheme or host"),
             ("vault", "no scheme or host"),
             ("", "no URL"),
             ("unix:///run/vault.sock", "is neither"),
