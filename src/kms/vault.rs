@@ -5,6 +5,8 @@ mod answer;
 mod auth;
 mod http;
 mod settings;
+#[cfg(test)]
+mod stand_in;
 
 use std::fmt;
 use std::sync::Arc;
@@ -34,6 +36,8 @@ const CIPHER_OVERHEAD: usize = 12 + 16;
 const MAX_BLOB: usize = 4096;
 /// A payload in base64.
 const PLAINTEXT_LEN: usize = KeyPayload::LEN.div_ceil(3) * 4;
+/// What stands before it in the body of an encryption.
+const ENCRYPT_HEAD: &str = "{\"plaintext\":\"";
 /// A context in base64.
 const CONTEXT_TEXT_LEN: usize = CONTEXT_LEN.div_ceil(3) * 4;
 
@@ -102,7 +106,8 @@ impl VaultTransit {
         VaultTransitBuilder::new(address.into(), key.into(), auth)
     }
 
-    /// The key and the credentials that the environment names. For the first seven, OpenBao's names (`BAO_`) go before.
+    /// The key and the credentials that the environment names. Of those that begin with `VAULT_`, OpenBao's names (`BAO_`) go
+    /// before.
     ///
     /// | variable | meaning |
     /// |---|---|
@@ -112,7 +117,8 @@ impl VaultTransit {
     /// | `VAULT_CACERT` | a PEM file with the certificate authorities to trust, and no others |
     /// | `VAULT_SKIP_VERIFY` | refused unless false |
     /// | `VAULT_CAPATH`, `VAULT_CACERT_BYTES` | refused: not supported |
-    /// | `VAULT_CLIENT_CERT`, `VAULT_TLS_SERVER_NAME` | refused: not supported |
+    /// | `VAULT_CLIENT_CERT`, `VAULT_CLIENT_KEY`, `VAULT_TLS_SERVER_NAME` | refused: not supported |
+    /// | `VAULT_AGENT_ADDR`, `VAULT_PROXY_ADDR`, `VAULT_HTTP_PROXY` | refused: not supported |
     /// | `PAGESEAL_VAULT_KEY` | the key's name; required |
     /// | `PAGESEAL_VAULT_MOUNT` | where the transit engine is mounted; `transit` if not set |
     /// | `PAGESEAL_VAULT_ROLE_ID` | the role id of an AppRole |
@@ -121,14 +127,15 @@ impl VaultTransit {
     /// | `PAGESEAL_VAULT_KUBERNETES_JWT_FILE` | its token, if not the pod's own |
     /// | `PAGESEAL_VAULT_AUTH_MOUNT` | where the login method is mounted; `approle` or `kubernetes` if not set |
     /// | `PAGESEAL_VAULT_TOKEN_FILE` | a file with a token, read at each call |
-    /// | `HTTPS_PROXY`, `ALL_PROXY`, `NO_PROXY` | a proxy, for addresses with TLS |
+    /// | `ALL_PROXY`, `HTTPS_PROXY`, `HTTP_PROXY`; `NO_PROXY` | a proxy for addresses with TLS, the first that is set |
     ///
-    /// Without any credentials, the token in `~/.vault-token` is used, as by `vault` and `bao`.
+    /// The names of the proxy may be in lower case too. One that is no URL is passed over. A part of a login method without the
+    /// method, such as a secret id without a role id, is refused. Without any credentials, the token in `~/.vault-token` is used, as by `vault` and `bao`.
     ///
     /// # Errors
     /// [`ErrorKind::Misconfigured`], naming the variable that is missing, wrong or not supported.
     pub fn from_env() -> Result<Self> {
-        VaultTransitBuilder::from_variables(&|name| std::env::var(name).ok())?.build()
+        VaultTransitBuilder::from_variables(&text_of)?.build()
     }
 
     /// Uses `auth` from now on, in all clones, for calls that have not begun.
@@ -176,8 +183,8 @@ impl VaultTransit {
         answer.into_json(asked)
     }
 
-    fn asked<'a>(&'a self, call: Call, path: &'a str) -> Asked<'a> {
-        Asked { call, path, namespace: self.0.http.namespace() }
+    fn asked<'a>(&'a self, call: Call, path: &'a str, secret: &'a [u8]) -> Asked<'a> {
+        Asked { call, path, namespace: self.0.http.namespace(), secret }
     }
 
     fn same_process(&self) -> Result<(), KmsError> {
@@ -200,8 +207,9 @@ impl KeyWrapper for VaultTransit {
 
     fn wrap_key(&self, key: &KeyPayload, cx: &WrapContext<'_>) -> Result<WrappedKey, KmsError> {
         self.same_process()?;
-        let asked = self.asked(Call::Encrypt, &self.0.encrypt_path);
         let body = encrypt_body(key, cx)?;
+        let plaintext = &body[ENCRYPT_HEAD.len()..][..PLAINTEXT_LEN];
+        let asked = self.asked(Call::Encrypt, &self.0.encrypt_path, plaintext);
         let json = self.ask(&asked, &body, cx)?;
         let blob = json.text("data", "ciphertext").unwrap_or_default();
         let version = Ciphertext::parse(blob.as_bytes()).map(|ciphertext| ciphertext.version.to_owned());
@@ -220,7 +228,7 @@ impl KeyWrapper for VaultTransit {
             let named = answer::quoted(&key.key_version);
             return Err(bad(format!("the record names version {named:?}, its ciphertext {:?}", ciphertext.version)));
         }
-        let asked = self.asked(Call::Decrypt, &self.0.decrypt_path);
+        let asked = self.asked(Call::Decrypt, &self.0.decrypt_path, b"");
         let json = self.ask(&asked, &decrypt_body(ciphertext.text, cx), cx)?;
         let text = json.text("data", "plaintext").unwrap_or_default();
         let mut bytes = Zeroizing::new([0; PLAINTEXT_LEN]);
@@ -236,6 +244,11 @@ impl fmt::Debug for VaultTransit {
         let mut shown = f.debug_struct("VaultTransit");
         shown.field("address", &self.0.http.address()).field("id", &self.0.id).finish_non_exhaustive()
     }
+}
+
+/// A variable of the environment. What is not UTF-8 comes out as a text that no setting takes: it must not count as unset.
+fn text_of(name: &str) -> Option<String> {
+    std::env::var_os(name).map(|value| value.to_string_lossy().into_owned())
 }
 
 /// A ciphertext's `vault:vN:` and base64, as [`KeyWrapper::wrap_key`] stores it.
@@ -260,7 +273,7 @@ impl<'a> Ciphertext<'a> {
 
 /// In a buffer of the right size from the start: one that grows leaves copies behind.
 fn encrypt_body(key: &KeyPayload, cx: &WrapContext<'_>) -> Result<Zeroizing<Vec<u8>>, KmsError> {
-    let (head, middle, tail) = ("{\"plaintext\":\"", "\",\"type\":\"", "\",\"associated_data\":\"");
+    let (head, middle, tail) = (ENCRYPT_HEAD, "\",\"type\":\"", "\",\"associated_data\":\"");
     let length = head.len() + PLAINTEXT_LEN + middle.len() + NO_SUCH_TYPE.len() + tail.len() + CONTEXT_TEXT_LEN + 2;
     let mut body = Zeroizing::new(Vec::with_capacity(length));
     body.extend_from_slice(head.as_bytes());
@@ -373,5 +386,83 @@ mod tests {
         let shown =
             format!("{:?} {:?}", wrapper(), VaultTransit::builder("http://127.0.0.1", "k", VaultAuth::token("s.t")));
         assert!(!shown.contains("s.t"), "{shown}");
+    }
+
+    use super::stand_in::{Request, StandIn};
+    use std::thread;
+
+    fn told(status: u16, text: &str) -> (u16, String) {
+        (status, serde_json::json!({ "errors": [text] }).to_string())
+    }
+
+    fn wrapped() -> (u16, String) {
+        let text = String::from_utf8(blob("1", 156)).unwrap();
+        (200, serde_json::json!({ "data": { "ciphertext": text } }).to_string())
+    }
+
+    fn of(server: &StandIn, auth: VaultAuth) -> VaultTransit {
+        VaultTransit::builder(&server.address, "k", auth).build().unwrap()
+    }
+
+    fn failure(wrapper: &VaultTransit) -> KmsError {
+        wrapper.wrap_key(&payload(7), &context()).expect_err("the stand-in refuses")
+    }
+
+    #[test]
+    fn connections_of_all_calls_in_flight_are_kept() {
+        const CALLS: usize = 16;
+        let meeting = Arc::new(std::sync::Barrier::new(CALLS));
+        let server = StandIn::start(move |_| {
+            meeting.wait();
+            wrapped()
+        });
+        let wrapper = of(&server, VaultAuth::token("t"));
+        for _ in 0..3 {
+            thread::scope(|scope| {
+                for _ in 0..CALLS {
+                    scope.spawn(|| wrapper.wrap_key(&payload(7), &context()).unwrap());
+                }
+            });
+        }
+        assert_eq!(server.connections(), CALLS);
+    }
+
+    #[test]
+    fn a_server_that_does_not_bind_the_context_is_refused() {
+        let warning = "Endpoint ignored these unrecognized parameters: [associated_data]";
+        let server = StandIn::start(move |_| {
+            let data = serde_json::json!({
+                "ciphertext": String::from_utf8(blob("1", 156)).unwrap(),
+                "plaintext": STANDARD.encode([7; 128]),
+            });
+            (200, serde_json::json!({ "data": data, "warnings": [warning] }).to_string())
+        });
+        let wrapper = of(&server, VaultAuth::token("t"));
+        let wrapped = WrappedKey { master_key: wrapper.id(), key_version: "1".into(), blob: blob("1", 156) };
+        let unwrapped = wrapper.unwrap_key(&wrapped, &context()).err().unwrap();
+        for error in [failure(&wrapper), unwrapped] {
+            assert_eq!(error.class, KmsClass::Misconfigured);
+            assert!(error.to_string().contains("associated_data"), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_was_sent_is_in_no_error_whoever_echoes_it() {
+        let plaintext = STANDARD.encode([7; 128]);
+        for status in [200, 201, 400, 403, 404, 418, 500, 503] {
+            for typed in [true, false] {
+                let server = StandIn::start(move |request: &Request| {
+                    let echo = || told(status, &format!("cannot take {}", request.body));
+                    if typed { echo() } else { (status, request.body.clone()) }
+                });
+                let error = failure(&of(&server, VaultAuth::token("t"))).to_string();
+                assert!(!error.contains(&plaintext[..16]), "{status} {typed}: {error}");
+                let error = failure(&of(&server, VaultAuth::app_role("role", "secret-id-of-someone"))).to_string();
+                assert!(!error.contains("secret-id-of"), "{status} {typed}: {error}");
+            }
+        }
+        let half = StandIn::start(move |_| told(400, &format!("bad \"{}...", &plaintext[4..60])));
+        let error = failure(&of(&half, VaultAuth::token("t"))).to_string();
+        assert!(!error.contains("BwcHBwcH"), "{error}");
     }
 }

@@ -36,6 +36,8 @@ pub(super) struct Asked<'a> {
     pub(super) call: Call,
     pub(super) path: &'a str,
     pub(super) namespace: Option<&'a str>,
+    /// What is secret in the body that is sent, as it stands there.
+    pub(super) secret: &'a [u8],
 }
 
 impl Answer {
@@ -43,9 +45,10 @@ impl Answer {
         (300..400).contains(&self.status)
     }
 
-    /// Whether the server itself refuses the token or the use of the path; not, whether a proxy on the way does.
+    /// Whether the server itself refuses the token or the use of the path; not, whether a proxy on the way does. The server's
+    /// own refusals have a text.
     pub(super) fn is_denied(&self) -> bool {
-        self.status == 403 && self.errors().is_some()
+        self.status == 403 && self.errors().is_some_and(|said| !said.trim().is_empty())
     }
 
     /// The body of a good answer.
@@ -54,15 +57,25 @@ impl Answer {
             return Err(self.into_error(asked));
         }
         let parsed = Json::parse(&self.body);
-        parsed.ok_or_else(|| unexpected(asked, "answered with something else than JSON"))
+        let json = parsed.ok_or_else(|| unexpected(asked, "answered with something else than JSON"))?;
+        if json.warns_of("associated_data") {
+            let text = format!(
+                "{}: the server does not know associated_data, which binds a wrapped key to its place; use a newer Vault or \
+                 OpenBao (VAULT_ADDR)",
+                asked.path
+            );
+            return Err(KmsError::with_source(KmsClass::Misconfigured, text));
+        }
+        Ok(json)
     }
 
-    /// The messages of the server's `errors` list, if the body has one. The list may be empty.
-    fn errors(&self) -> Option<String> {
+    /// The messages of the server's `errors` list, if the body has one, which is of texts only: gateways have other lists of
+    /// this name. The list may be empty.
+    fn errors(&self) -> Option<Zeroizing<String>> {
         let json = Json::parse(&self.body)?;
         let list = json.0.get("errors")?.as_array()?;
-        let texts: Vec<_> = list.iter().filter_map(Value::as_str).collect();
-        Some(quoted(&texts.join("; ")))
+        let texts: Option<Vec<_>> = list.iter().map(Value::as_str).collect();
+        Some(Zeroizing::new(texts?.join("; ")))
     }
 
     /// Classifies an answer that is no success. A status that speaks for itself comes first; a 400 has many meanings, which
@@ -70,7 +83,12 @@ impl Answer {
     pub(super) fn into_error(self, asked: &Asked<'_>) -> KmsError {
         let errors = self.errors();
         let from_vault = errors.is_some();
-        let said = errors.filter(|said| !said.is_empty()).unwrap_or_else(|| self.untyped_text());
+        let said = match errors {
+            Some(said) if said.trim().is_empty() => "without a message".to_owned(),
+            Some(said) if echoes(&said, asked.secret) => "a message that repeats what was sent".to_owned(),
+            Some(said) => quoted(&said),
+            None => self.untyped_text(),
+        };
         let has = |part: &str| said.contains(part);
         let login = asked.call == Call::Login;
         let namespace = asked.namespace.map_or_else(|| "no namespace".into(), |name| format!("the namespace {name}"));
@@ -78,11 +96,13 @@ impl Answer {
             429 => (KmsClass::Throttled, String::new()),
             // 472 and 473 are a disaster recovery secondary and a performance standby, 412 a standby that is behind.
             412 | 472 | 473 | 500.. => (KmsClass::Unreachable, String::new()),
-            400 if has("HTTP request to an HTTPS server") => {
+            400 if self.is_from_tls_server() => {
                 (KmsClass::Misconfigured, "the server wants https:// (VAULT_ADDR)".into())
             }
-            _ if !from_vault && self.status != 404 => (KmsClass::Unclassified, "this is no answer of Vault's".into()),
-            403 => (KmsClass::Denied, String::new()),
+            _ if !from_vault => {
+                (KmsClass::Unclassified, "this is no answer of Vault's, but of something before it (VAULT_ADDR)".into())
+            }
+            403 if self.is_denied() => (KmsClass::Denied, String::new()),
             404 if has("namespace not found") => {
                 (KmsClass::Misconfigured, format!("the server does not know {namespace} (VAULT_NAMESPACE)"))
             }
@@ -102,20 +122,38 @@ impl Answer {
         KmsError { retry_after: self.retry_after, ..KmsError::with_source(class, text) }
     }
 
-    /// The begin of a body that is not Vault's: of a proxy, or of Go's own server.
-    fn untyped_text(&self) -> String {
-        if self.status == 200 || self.body.is_empty() {
-            return "without a message".into();
-        }
-        quoted(&String::from_utf8_lossy(&self.body[..self.body.len().min(2 * MAX_QUOTED)]))
+    /// Go's own server, asked without TLS, answers in plain text.
+    fn is_from_tls_server(&self) -> bool {
+        let text = b"HTTP request to an HTTPS server";
+        self.body.len() < 200 && self.body.windows(text.len()).any(|part| part == text)
     }
+
+    /// For a body that is not Vault's, which is never quoted: it may repeat the request, or be an answer with a plaintext.
+    fn untyped_text(&self) -> String {
+        format!("a body of {} bytes without Vault's list of errors", self.body.len())
+    }
+}
+
+/// Whether a text repeats a part of a secret of 31 bytes or more, or a short one as a whole.
+fn echoes(text: &str, secret: &[u8]) -> bool {
+    const PART: usize = 16;
+    let holds = |part: &[u8]| text.as_bytes().windows(part.len()).any(|window| window == part);
+    let mut parts = secret.chunks_exact(PART);
+    parts.any(holds) || (!secret.is_empty() && holds(secret))
 }
 
 /// The meanings of a 400.
 fn refused(call: Call, said: &str) -> (KmsClass, String) {
     let has = |part: &str| said.contains(part);
     if call == Call::Login {
-        let known = ["invalid role or secret ID", "invalid secret id", "invalid role ID", "invalid role name"];
+        // The last is a role that does not take this address.
+        let known = [
+            "invalid role or secret ID",
+            "invalid secret id",
+            "invalid role ID",
+            "invalid role name",
+            "CIDR restrictions",
+        ];
         let class = if known.iter().any(|&known| has(known)) { KmsClass::Denied } else { KmsClass::Unclassified };
         return (class, String::new());
     }
@@ -165,6 +203,11 @@ impl Json {
         serde_json::from_slice(body).ok().map(Self)
     }
 
+    fn warns_of(&self, name: &str) -> bool {
+        let warnings = self.0.get("warnings").and_then(Value::as_array);
+        warnings.is_some_and(|list| list.iter().filter_map(Value::as_str).any(|warning| warning.contains(name)))
+    }
+
     pub(super) fn text(&self, object: &str, name: &str) -> Option<&str> {
         self.0.get(object)?.get(name)?.as_str()
     }
@@ -201,8 +244,10 @@ mod tests {
 
     fn classify(call: Call, status: u16, body: &str) -> KmsError {
         let answer = Answer { status, body: Zeroizing::new(body.as_bytes().to_vec()), ..Answer::default() };
-        answer.into_error(&Asked { call, path: "transit/decrypt/k", namespace: Some("team") })
+        answer.into_error(&Asked { call, path: "transit/decrypt/k", namespace: Some("team"), secret: b"" })
     }
+
+    const CIDR: &str = "source address \"127.0.0.1\" unauthorized by CIDR restrictions on the role: %!w(<nil>)";
 
     fn errors(text: &str) -> String {
         serde_json::json!({ "errors": [text] }).to_string()
@@ -255,7 +300,9 @@ mod tests {
             (Call::Login, 400, "invalid role name \"nope\"", Denied),
             (Call::Login, 400, "missing secret_id", Unclassified),
             (Call::Login, 400, "encryption key not found", Unclassified),
+            (Call::Login, 400, CIDR, Denied),
             (Call::Login, 403, "permission denied", Denied),
+            // HashiCorp Vault; OpenBao says 403.
             (Call::Login, 404, "no handler for route \"auth/x/login\". route entry not found.", Misconfigured),
             (Call::Login, 500, "could not load backend configuration", Unreachable),
             (Call::Renew, 403, "permission denied", Denied),
@@ -269,8 +316,18 @@ mod tests {
     #[test]
     fn a_verdict_is_taken_from_the_server_only_and_not_from_what_stands_before_it() {
         let page = "<html><h1>403 Forbidden</h1></html>";
-        for body in [page, "", "{}", "[]", "null", "{\"errors\":7}", "\u{0}\u{1}"] {
-            for status in [400, 401, 403] {
+        let json_api = "{\"errors\":[{\"status\":\"403\",\"title\":\"Forbidden\"}]}";
+        let mixed = "{\"errors\":[\"permission denied\",{\"code\":403}]}";
+        let none = "{\"success\":false,\"errors\":[]}";
+        let empty = "{\"errors\":[\" \"]}";
+        let foreign = [page, "", "{}", "[]", "null", "{\"errors\":7}", "\u{0}\u{1}", json_api, mixed];
+        for body in foreign.into_iter().chain([none, empty]) {
+            assert_eq!(classify(Call::Decrypt, 403, body).class, Unclassified, "{body}");
+            let denied = Answer { status: 403, body: Zeroizing::new(body.into()), ..Answer::default() };
+            assert!(!denied.is_denied(), "{body}");
+        }
+        for body in foreign.into_iter().chain(["default backend - 404"]) {
+            for status in [400, 401, 403, 404] {
                 assert_eq!(classify(Call::Decrypt, status, body).class, Unclassified, "{status} {body}");
             }
             assert_eq!(classify(Call::Decrypt, 502, body).class, Unreachable, "{body}");
@@ -282,7 +339,6 @@ mod tests {
         let error = classify(Call::Decrypt, 400, plain);
         assert_eq!(error.class, Misconfigured);
         assert!(error.to_string().contains("VAULT_ADDR"), "{error}");
-        assert_eq!(classify(Call::Decrypt, 403, "{\"errors\":[]}").class, Denied);
     }
 
     #[test]

@@ -176,6 +176,12 @@ fn object(members: [(&str, &str); 2]) -> Zeroizing<Vec<u8>> {
     body
 }
 
+/// The second text of an [`object`], as it stands there.
+fn secret_of(body: &[u8]) -> &[u8] {
+    let text = body.strip_suffix(b"\"}").unwrap_or_default();
+    &text[text.iter().rposition(|&byte| byte == b'"').map_or(0, |quote| quote + 1)..]
+}
+
 /// The text of a file without the white space around it. A file that is not there or empty says nothing about the key, and
 /// is as likely to be just being replaced as to be removed for good: hence no verdict.
 fn read_secret(path: &Path, what: &str, variable: &str) -> Result<Zeroizing<String>, KmsError> {
@@ -485,8 +491,8 @@ fn half(deadline: Instant) -> Instant {
 
 fn login(http: &Http, auth: &VaultAuth, number: u64, deadline: Instant) -> Result<Current, KmsError> {
     let path = format!("auth/{}/login", auth.mount);
-    let asked = Asked { call: Call::Login, path: &path, namespace: http.namespace() };
     let body = auth.login_body()?;
+    let asked = Asked { call: Call::Login, path: &path, namespace: http.namespace(), secret: secret_of(&body) };
     let now = Instant::now();
     let json = http.post(&Head { path: &path, token: None, label: None, deadline }, &body)?.into_json(&asked)?;
     let text = json.text("auth", "client_token").filter(|token| !token.is_empty());
@@ -503,7 +509,7 @@ fn lease_of(json: &Json, asked: Instant) -> Option<Lease> {
 
 fn renew(http: &Http, token: &Token, lease: &Lease, deadline: Instant) -> Result<Option<Lease>, KmsError> {
     let path = "auth/token/renew-self";
-    let asked = Asked { call: Call::Renew, path, namespace: http.namespace() };
+    let asked = Asked { call: Call::Renew, path, namespace: http.namespace(), secret: b"" };
     if !lease.renewable {
         return Err(unexpected(&asked, "does not renew this token"));
     }

@@ -14,11 +14,15 @@ use zeroize::Zeroizing;
 
 use super::answer::{Answer, quoted};
 use crate::error::{Error, ErrorKind, KmsClass, KmsError, Result};
+use crate::keys::calls::IN_FLIGHT;
 
 /// No answer of the calls made here has a twentieth of this.
 const MAX_ANSWER: usize = 64 * 1024;
 /// Beyond any list of certificates.
-const MAX_CA_FILE: u64 = 4 * 1024 * 1024;
+const MAX_CA_FILE: usize = 4 * 1024 * 1024;
+/// How long a connection waits for another call: longer than the pauses between checks, and no longer than what stands before
+/// servers commonly keeps one.
+const IDLE: Duration = Duration::from_secs(60);
 
 /// The server's address, and how to speak to it.
 pub(super) struct Http {
@@ -76,6 +80,10 @@ impl Http {
             // They are followed here, because a token goes with them.
             .max_redirects(0)
             .max_redirects_will_error(false)
+            // A connection is dear, for its TLS: each call in flight finds one again.
+            .max_idle_connections(IN_FLIGHT)
+            .max_idle_connections_per_host(IN_FLIGHT)
+            .max_idle_age(IDLE)
             .user_agent(concat!("pageseal/", env!("CARGO_PKG_VERSION")))
             .build();
         let header = |text| HeaderValue::from_str(text).map_err(|_| misconfigured("the namespace is no header value"));
@@ -246,6 +254,13 @@ fn retry_after(headers: &HeaderMap) -> Option<Duration> {
 
 /// The address without a slash at its end.
 fn checked_address(address: &str) -> Result<(String, Uri)> {
+    // Before anything that quotes the address: a password may stand in it, however wrong the rest is.
+    if address.contains('@') {
+        return Err(misconfigured(
+            "the Vault address (VAULT_ADDR) holds an '@', as if for a user name; credentials belong into VaultAuth, or the \
+             variables for it",
+        ));
+    }
     let refused = |why: &str| {
         misconfigured(format!(
             "the Vault address {:?} {why}; give it as https://vault.example.com:8200 (VAULT_ADDR)",
@@ -254,13 +269,10 @@ fn checked_address(address: &str) -> Result<(String, Uri)> {
     };
     let trimmed = address.trim_end_matches('/');
     let uri: Uri = trimmed.parse().map_err(|_| refused("is no URL"))?;
-    let authority = match (uri.scheme_str(), uri.authority()) {
-        (Some("https" | "http"), Some(authority)) => authority,
+    match (uri.scheme_str(), uri.authority()) {
+        (Some("https" | "http"), Some(_)) => {}
         (Some(_), _) => return Err(refused("is neither https nor http")),
         _ => return Err(refused("has no scheme or host")),
-    };
-    if authority.as_str().contains('@') {
-        return Err(misconfigured("the Vault address holds a user name; credentials belong into VaultAuth"));
     }
     if uri.query().is_some() || trimmed.contains('#') {
         return Err(refused("has a query"));
@@ -279,8 +291,11 @@ fn is_loopback(uri: &Uri) -> bool {
 fn certificates_of(file: &Path) -> Result<Vec<Certificate<'static>>> {
     let refused = |why: String| misconfigured(format!("the file {} {why} (VAULT_CACERT)", file.display()));
     let mut pem = Vec::new();
-    let read = File::open(file).and_then(|opened| opened.take(MAX_CA_FILE).read_to_end(&mut pem));
+    let read = File::open(file).and_then(|opened| opened.take(MAX_CA_FILE as u64 + 1).read_to_end(&mut pem));
     read.map_err(|error| refused(format!("with the certificate authorities cannot be read: {error}")))?;
+    if pem.len() > MAX_CA_FILE {
+        return Err(refused(format!("is longer than {MAX_CA_FILE} bytes")));
+    }
     let mut found = Vec::new();
     for item in ureq::tls::parse_pem(&pem) {
         if let PemItem::Certificate(certificate) = item.map_err(|error| refused(format!("is no PEM file: {error}")))? {
@@ -323,7 +338,7 @@ mod tests {
     #[test]
     fn an_address_that_cannot_be_right_is_told() {
         for (address, part) in [
-            ("vault:8200", "neither https nor http"),
+            ("vault:8200", "no scheme or host"),
             ("vault", "no scheme or host"),
             ("", "no URL"),
             ("unix:///run/vault.sock", "is neither"),
@@ -331,6 +346,7 @@ mod tests {
             ("https://vault:8200/v1/", "ends with /v1"),
             ("https://vault:8200?x=1", "has a query"),
             ("https://me:secret@vault", "user name"),
+            ("https://vault/@", "user name"),
             ("http://vault:8200", "without TLS"),
             ("http://127.0.0.1.example.com", "without TLS"),
             ("http://10.0.0.1:8200", "without TLS"),
@@ -338,7 +354,12 @@ mod tests {
             let text = why(address);
             assert!(text.contains(part), "{address}: {text}");
         }
-        assert!(!why("https://me:secret@vault").contains("secret"));
+        for address in
+            ["https://me:secret@vault", "ftp://me:secret@vault", "me:secret@vault", "https://me:se cret@vault"]
+        {
+            let text = why(address);
+            assert!(!text.contains("cret") && text.contains("VAULT_ADDR"), "{text}");
+        }
     }
 
     #[test]
@@ -359,6 +380,12 @@ mod tests {
             let error = Http::new("https://v", None, Some(path.clone()), false).err().unwrap();
             assert!(error.to_string().contains("VAULT_CACERT"), "{content:?}: {error}");
         }
+        let pem = any_certificate();
+        let one = std::fs::read(&pem).unwrap();
+        std::fs::remove_file(pem).unwrap();
+        std::fs::write(&path, [&one[..], &vec![b'\n'; 4 * 1024 * 1024]].concat()).unwrap();
+        let error = Http::new("https://v", None, Some(path.clone()), false).err().unwrap();
+        assert!(error.to_string().contains("VAULT_CACERT") && error.to_string().contains("longer"), "{error}");
         std::fs::remove_file(&path).unwrap();
     }
 
@@ -407,7 +434,9 @@ mod tests {
 
     /// A file with any well-formed PEM certificate: what is in it is not looked at before a connection is made.
     fn any_certificate() -> PathBuf {
-        let path = std::env::temp_dir().join(format!("pageseal-pem-{}", std::process::id()));
+        static COUNT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let path = std::env::temp_dir().join(format!("pageseal-pem-{}-{number}", std::process::id()));
         std::fs::write(&path, "-----BEGIN CERTIFICATE-----\nMAA=\n-----END CERTIFICATE-----\n").unwrap();
         path
     }

@@ -39,7 +39,8 @@ impl VaultTransitBuilder {
     }
 
     /// A file in PEM form, of at most 4 MiB, with the certificate authorities to trust, and no others. Without it, those of
-    /// the system are trusted. It is read when the wrapper is made.
+    /// the system are trusted. It is read when the wrapper is made, and not again: before the server gets a certificate of
+    /// another authority, put both authorities into the file and make the wrapper anew (restart).
     pub fn ca_file(mut self, path: impl Into<PathBuf>) -> Self {
         self.ca_file = Some(path.into());
         self
@@ -73,7 +74,7 @@ impl VaultTransitBuilder {
         let set = |name: &str| variable(name).filter(|value| !value.trim().is_empty());
         // As OpenBao's own clients do: its own name first.
         let either = |name: &str| set(&format!("BAO_{name}")).or_else(|| set(&format!("VAULT_{name}")));
-        let refused: [(&str, &[&str], &str); 5] = [
+        let refused: [(&str, &[&str], &str); 9] = [
             (
                 "SKIP_VERIFY",
                 &["", "0", "f", "false"],
@@ -82,6 +83,10 @@ impl VaultTransitBuilder {
             ("CAPATH", &[""], "give one file in VAULT_CACERT"),
             ("CACERT_BYTES", &[""], "give a file in VAULT_CACERT"),
             ("CLIENT_CERT", &[""], "client certificates are not sent"),
+            ("CLIENT_KEY", &[""], "client certificates are not sent"),
+            ("AGENT_ADDR", &[""], "give the address to ask in VAULT_ADDR"),
+            ("PROXY_ADDR", &[""], "give a proxy in HTTPS_PROXY"),
+            ("HTTP_PROXY", &[""], "give a proxy in HTTPS_PROXY"),
             ("TLS_SERVER_NAME", &[""], "the certificate must name the host in VAULT_ADDR"),
         ];
         for (name, harmless, why) in refused {
@@ -119,7 +124,9 @@ type Variable<'a> = &'a dyn Fn(&str) -> Option<String>;
 
 /// A login method, if one is named; or else a token.
 fn auth_from(set: Variable<'_>, either: Variable<'_>) -> Result<VaultAuth> {
-    let auth = match (set("PAGESEAL_VAULT_ROLE_ID"), set("PAGESEAL_VAULT_KUBERNETES_ROLE")) {
+    let methods = (set("PAGESEAL_VAULT_ROLE_ID"), set("PAGESEAL_VAULT_KUBERNETES_ROLE"));
+    whole(set, methods.0.is_some(), methods.1.is_some())?;
+    let auth = match methods {
         (Some(_), Some(_)) => {
             return Err(misconfigured(
                 "both PAGESEAL_VAULT_ROLE_ID (AppRole) and PAGESEAL_VAULT_KUBERNETES_ROLE are set: unset one",
@@ -148,6 +155,30 @@ fn auth_from(set: Variable<'_>, either: Variable<'_>) -> Result<VaultAuth> {
         Some(mount) => auth.mount(mount),
         None => auth,
     })
+}
+
+/// No part of a method without the method: else a misspelt name would lead to other credentials than those that are meant,
+/// such as whoever's `~/.vault-token`.
+fn whole(set: Variable<'_>, app_role: bool, kubernetes: bool) -> Result<()> {
+    let (role_id, role) = ("PAGESEAL_VAULT_ROLE_ID", "PAGESEAL_VAULT_KUBERNETES_ROLE");
+    let either = format!("{role_id} nor {role}");
+    for (name, used, missing) in [
+        ("PAGESEAL_VAULT_SECRET_ID", app_role, role_id),
+        ("PAGESEAL_VAULT_SECRET_ID_FILE", app_role, role_id),
+        ("PAGESEAL_VAULT_KUBERNETES_JWT_FILE", kubernetes, role),
+        ("PAGESEAL_VAULT_AUTH_MOUNT", app_role || kubernetes, either.as_str()),
+    ] {
+        if !used && set(name).is_some() {
+            let not = if missing == either { "neither" } else { "not" };
+            return Err(misconfigured(format!(
+                "{name} is set, but {not} {missing}, which it belongs to: set it, or unset {name}"
+            )));
+        }
+    }
+    if (app_role || kubernetes) && set("PAGESEAL_VAULT_TOKEN_FILE").is_some() {
+        return Err(misconfigured("PAGESEAL_VAULT_TOKEN_FILE is set, and a login method too: unset one"));
+    }
+    Ok(())
 }
 
 fn token_from(set: Variable<'_>, either: Variable<'_>) -> Result<VaultAuth> {
@@ -236,7 +267,22 @@ mod tests {
     fn a_wrong_or_missing_variable_is_named_with_what_to_do() {
         let all = [ADDR, KEY, TOKEN];
         let with = |more: (&'static str, &'static str)| [&all[..], &[more]].concat();
+        const SECRET: (&str, &str) = ("PAGESEAL_VAULT_SECRET_ID", "secret-token");
+        const FILE: (&str, &str) = ("PAGESEAL_VAULT_SECRET_ID_FILE", "/f");
+        const JWT: (&str, &str) = ("PAGESEAL_VAULT_KUBERNETES_JWT_FILE", "/f");
+        const KUBERNETES: (&str, &str) = ("PAGESEAL_VAULT_KUBERNETES_ROLE", "r");
         for (variables, parts) in [
+            (with(SECRET), ["PAGESEAL_VAULT_SECRET_ID is set", "PAGESEAL_VAULT_ROLE_ID"]),
+            (with(FILE), ["PAGESEAL_VAULT_SECRET_ID_FILE is set", "PAGESEAL_VAULT_ROLE_ID"]),
+            (with(JWT), ["PAGESEAL_VAULT_KUBERNETES_JWT_FILE is set", "PAGESEAL_VAULT_KUBERNETES_ROLE"]),
+            (with(("PAGESEAL_VAULT_AUTH_MOUNT", "m")), ["PAGESEAL_VAULT_AUTH_MOUNT is set", "PAGESEAL_VAULT_ROLE_ID"]),
+            ([&all[..], &[KUBERNETES, SECRET]].concat(), ["PAGESEAL_VAULT_SECRET_ID is set", "PAGESEAL_VAULT_ROLE_ID"]),
+            ([&all[..], &[ROLE, SECRET, JWT]].concat(), ["_JWT_FILE is set", "PAGESEAL_VAULT_KUBERNETES_ROLE"]),
+            ([&all[..], &[ROLE, SECRET, ("PAGESEAL_VAULT_TOKEN_FILE", "/f")]].concat(), ["TOKEN_FILE", "unset one"]),
+            (with(("VAULT_CLIENT_KEY", "/k")), ["VAULT_CLIENT_KEY", "unset it"]),
+            (with(("VAULT_AGENT_ADDR", "http://127.0.0.1:1")), ["VAULT_AGENT_ADDR", "VAULT_ADDR"]),
+            (with(("VAULT_PROXY_ADDR", "http://p")), ["VAULT_PROXY_ADDR", "HTTPS_PROXY"]),
+            (with(("VAULT_HTTP_PROXY", "http://p")), ["VAULT_HTTP_PROXY", "HTTPS_PROXY"]),
             (vec![KEY, TOKEN], ["VAULT_ADDR is not set", "https://vault.example.com:8200"]),
             (vec![ADDR, TOKEN], ["PAGESEAL_VAULT_KEY is not set", "such as pageseal"]),
             (vec![ADDR, KEY], ["no credentials", "PAGESEAL_VAULT_ROLE_ID"]),
