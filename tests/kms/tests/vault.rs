@@ -12,7 +12,10 @@ use std::time::{Duration, Instant};
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use pageseal::testing::conformance::context;
-use pageseal::{KeyPayload, KeyWrapper, KmsClass, KmsError, VaultAuth, VaultTransit, WrappedKey};
+use pageseal::{
+    Cluster, ClusterOptions, ErrorKind, KeyPayload, KeyWrapper, KmsClass, KmsError, VaultAuth, VaultTransit,
+    WrappedKey, Wrappers,
+};
 use pageseal_kms_tests::http::{Answer, HttpServer, Request};
 use pageseal_kms_tests::server::{Server, free_port, wait_until};
 use pageseal_kms_tests::vault::{Api, OpenBao, PAGE, ROOT, policy, program};
@@ -121,9 +124,11 @@ impl Drop for Directory {
     }
 }
 
-/// What passed a [`Recorder`], or came to a server that answers by itself.
+/// The requests that came to a server: their paths and tokens.
 #[derive(Clone, Default)]
-struct Seen(Arc<Mutex<Vec<(String, Option<String>)>>>);
+struct Seen(Arc<Mutex<Vec<Asked>>>);
+
+type Asked = (String, Option<String>);
 
 impl Seen {
     fn note(&self, request: &Request) {
@@ -619,6 +624,9 @@ fn two_hundred_threads_share_one_login_and_one_refusal() {
     let bao = bao!();
     make_key(&bao.api, "crowd");
     let (role, secret) = bao.api.app_role("crowd", &policy_for("crowd"), json!({}));
+    // What a role that is locked out says is another matter.
+    let tuned = json!({ "user_lockout_config": { "lockout_disable": true } });
+    bao.api.call("POST", "sys/auth/approle/tune", &tuned);
     let (url, seen) = recorder(&bao.api.url);
     let wrapper = build(&url, "crowd", VaultAuth::app_role(&role, secret));
     let failed = crowd(&wrapper);
@@ -653,6 +661,55 @@ fn crowd(wrapper: &VaultTransit) -> usize {
         assert!(failures.iter().all(|error| error.class == KmsClass::Denied), "{failures:?}");
         failures.len()
     })
+}
+
+#[test]
+fn each_call_is_one_request_and_a_retired_version_can_be_left_behind() {
+    let bao = bao!();
+    make_key(&bao.api, "counted");
+    let (role, secret) = bao.api.app_role("counted", &policy_for("counted"), json!({}));
+    let (url, seen) = recorder(&bao.api.url);
+    let wrapper = build(&url, "counted", VaultAuth::app_role(role, secret));
+    let wrappers = || Wrappers::one(wrapper.clone());
+    let asked = || [seen.count("/encrypt/"), seen.count("/decrypt/"), seen.count("/auth/")];
+    let before = Mutex::new([0; 3]);
+    let calls = |what: &str, expected: [usize; 3]| {
+        let now = asked();
+        let then = std::mem::replace(&mut *before.lock().unwrap(), now);
+        assert_eq!([0, 1, 2].map(|index| now[index] - then[index]), expected, "{what}");
+    };
+    let directory = Directory::new("counted");
+    let home = directory.0.join("cluster");
+    let cluster = Cluster::create(&home, ClusterOptions::new(), wrappers()).unwrap();
+    calls("create a cluster", [2, 2, 1]);
+    let orders = cluster.create_database("orders").unwrap();
+    calls("create a database", [1, 1, 0]);
+    cluster.check_master_key().unwrap();
+    calls("check the master key", [0, 1, 0]);
+    bao.api.call("POST", "transit/keys/counted/rotate", &json!({}));
+    cluster.rewrap(wrappers(), &|_| ()).unwrap();
+    // Five unwraps, and three rewraps, each of which is one of both.
+    calls("rewrap after a rotation, with one data key", [3, 8, 0]);
+    cluster.rewrap(wrappers(), &|_| ()).unwrap();
+    calls("rewrap again", [2, 7, 0]);
+    let id = cluster.id();
+    drop((orders, cluster));
+
+    // Everything is under version 2 now.
+    bao.api.call("POST", "transit/keys/counted/config", &json!({ "min_decryption_version": 2 }));
+    let cluster = Cluster::open(&home, ClusterOptions::new().expected_id(id), wrappers()).unwrap();
+    calls("open a cluster", [0, 1, 0]);
+    cluster.database("orders").unwrap();
+    calls("open a database of one generation", [0, 1, 0]);
+    bao.api.call("POST", "transit/keys/counted/rotate", &json!({}));
+    bao.api.call("POST", "transit/keys/counted/config", &json!({ "min_decryption_version": 3 }));
+    let error = cluster.check_master_key().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Disabled, "{error}");
+    assert!(error.to_string().contains("lower min_decryption_version"), "{error}");
+    bao.api.call("POST", "transit/keys/counted/config", &json!({ "min_decryption_version": 1 }));
+    drop(cluster);
+    Cluster::open(&home, ClusterOptions::new().expected_id(id), wrappers()).map(drop).unwrap();
+    score("vault-calls operations=7 logins=1");
 }
 
 #[test]
