@@ -9,7 +9,7 @@ use std::fmt;
 use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::pin::pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use aws_config::retry::RetryConfig;
@@ -20,6 +20,7 @@ use aws_sdk_kms::config::http::HttpResponse;
 use aws_sdk_kms::config::{Credentials, IdentityCache, SharedHttpClient};
 use aws_sdk_kms::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_kms::primitives::Blob;
+use aws_sdk_kms::types::KeyState;
 
 use crate::error::{Error, ErrorKind, KmsClass, KmsError, Result};
 use crate::format::wrapped::Purpose;
@@ -34,6 +35,8 @@ use transport::{Guarded, Watch, Watched, endpoint_is_sound, https_client};
 const PROVIDER: &str = "aws-kms";
 /// What a keystore stores; of AWS's ciphertexts, which have about 300 bytes, it is less than AWS takes (6,144).
 const LONGEST_BLOB: usize = 4096;
+/// So many keys are remembered: an alias rarely moves.
+const MOST_KNOWN: usize = 64;
 /// The first byte of every blob.
 const BLOB_FORMAT: u8 = 1;
 /// How much earlier than its deadline a call ends by itself, to say what it was waiting for.
@@ -65,7 +68,7 @@ fn behavior() -> BehaviorVersion {
 /// | key id | `1234abcd-12ab-34cd-56ef-1234567890ab` | what this key wrapped |
 /// | key ARN | `arn:aws:kms:eu-west-1:111122223333:key/1234abcd-...` | the same; gives the region too |
 /// | multi-region key id or ARN | `mrk-1234abcd12ab34cd56ef1234567890ab` | what this key wrapped in any region |
-/// | alias | `alias/pageseal` | what any key wrapped to which the alias may have pointed |
+/// | alias | `alias/pageseal` | what any key of the account wrapped, to which the alias may have pointed; needs `kms:DescribeKey` |
 /// | alias ARN | `arn:aws:kms:eu-west-1:111122223333:alias/pageseal` | the same, of this account only |
 ///
 /// [`KeyWrapper::id`] is `aws-kms:` and the key id, whether it was named by id or by ARN, so the two can be exchanged, and a
@@ -73,7 +76,8 @@ fn behavior() -> BehaviorVersion {
 /// AWS names no versions of a key's material, so the key version is empty, and a rewrap wraps every key anew. The ARN of the
 /// key that wrapped is kept in the blob (`0x01 | length of the ARN u8 | ARN | ciphertext of AWS KMS`). **An alias is a name that can be pointed
 /// elsewhere**: new keys are then wrapped by the new key and old ones unwrapped by the old one, which so stays needed until
-/// a rewrap, and its state counts as the master key's. Prefer the ARN.
+/// a rewrap, and its state counts as the master key's, once this process has used it; before that, an old key that is refused
+/// cannot be told from one that somebody wrote into the record, and is [`KmsClass::Misconfigured`]. Prefer the ARN.
 ///
 /// Credentials are those that were given, or come from the SDK's default chain: environment, profile, web identity (EKS),
 /// container (ECS, EKS Pod Identity), instance metadata (EC2). They are loaded at the first call, and again shortly before
@@ -86,7 +90,7 @@ fn behavior() -> BehaviorVersion {
 ///
 /// The SDK's own retries are off: pageseal repeats calls itself. Calls are Encrypt, Decrypt and ReEncrypt, and DescribeKey
 /// where it takes one to understand a failure. [`KeyWrapper::rewrap_key`] is ReEncrypt, which hands no payload out; where
-/// ReEncrypt is not permitted or not known, it is Decrypt and Encrypt.
+/// ReEncrypt is refused, it is Decrypt and Encrypt, whose answers count.
 ///
 /// What the SDK copies is not wiped: while a call lasts, and until its memory is used again, a payload is also in buffers of
 /// the SDK, of its JSON and of TLS. Credentials are wiped by the SDK when it drops them.
@@ -351,6 +355,7 @@ impl AwsKmsBuilder {
             connected: None,
             epoch: 0,
             replaced: 0,
+            known: Vec::new(),
         };
         let service = Service {
             key,
@@ -401,12 +406,22 @@ struct State {
     epoch: u64,
     /// Counts the orders from outside to take other credentials.
     replaced: u64,
+    /// Keys that have wrapped or unwrapped, the newest first.
+    known: Vec<KeyArn>,
 }
 
 impl State {
     fn forget(&mut self) {
         self.connected = None;
         self.epoch += 1;
+    }
+
+    fn know(&mut self, arn: &KeyArn) {
+        if !self.known.contains(arn) {
+            // The oldest goes.
+            self.known.truncate(MOST_KNOWN - 1);
+            self.known.insert(0, arn.clone());
+        }
     }
 
     fn replace(&mut self) {
@@ -423,6 +438,8 @@ struct Connected {
     since: Instant,
     /// As in [`State`] then.
     replaced: u64,
+    /// A key of the account that the credentials are of, in which an alias without an account is.
+    home: OnceLock<KeyArn>,
 }
 
 impl AsyncKeyWrapper for Service {
@@ -506,9 +523,8 @@ impl Service {
         // From here on the bytes are wiped, whatever else is wrong.
         let mut plaintext =
             zeroize::Zeroizing::new(WipedVec(answer.plaintext.map(Blob::into_inner).unwrap_or_default()));
-        if let Some(by) =
-            answer.key_id.as_deref().filter(|by| KeyArn::parse(by).is_none_or(|by| !by.is_or_replicates(&recorded)))
-        {
+        let by = answer.key_id.as_deref().unwrap_or_default();
+        if KeyArn::parse(by).is_none_or(|by| !by.is_or_replicates(&recorded)) {
             let by = failure::quoted(by, 100);
             return Err(bad(format!("AWS KMS decrypted it under {by:?}, and it was wrapped by {recorded}")));
         }
@@ -516,7 +532,10 @@ impl Service {
             let len = plaintext.0.len();
             return Err(bad(format!("AWS KMS decrypted it to {len} bytes, and a payload has {}", KeyPayload::LEN)));
         }
-        Ok(KeyPayload::from_bytes(&mut plaintext.0)?)
+        self.is_at_home(&recorded, connected).await?;
+        let payload = KeyPayload::from_bytes(&mut plaintext.0)?;
+        self.state().know(&recorded);
+        Ok(payload)
     }
 
     async fn rewrap(
@@ -532,16 +551,49 @@ impl Service {
         let call = call.set_source_encryption_context(Some(context.clone()));
         let call = call.set_destination_encryption_context(Some(context));
         match call.ciphertext_blob(Blob::new(ciphertext)).send().await {
-            Ok(answer) => self.wrapped("ReEncrypt", answer.key_id, answer.ciphertext_blob, connected),
+            Ok(answer) => {
+                let wrapped = self.wrapped("ReEncrypt", answer.key_id, answer.ciphertext_blob, connected)?;
+                self.is_at_home(&recorded, connected).await?;
+                Ok(wrapped)
+            }
             Err(error) => {
                 let failure = Failure::of("ReEncrypt", &error, &self.watch);
-                if matches!(failure.reason, Reason::Policy | Reason::UnknownCall) {
-                    // Decrypt and Encrypt are rights of their own; their answers count.
-                    return self.wrap(&self.unwrap(key, cx, connected).await?, cx, connected).await;
+                let silent = matches!(failure.class, KmsClass::Unreachable | KmsClass::Throttled);
+                if silent && failure.reason == Reason::Other {
+                    return Err(failure.into_error());
                 }
-                let failure = self.understood(failure, connected, &named).await;
-                Err(self.of_recorded(failure, &recorded, connected).await.into_error())
+                // Decrypt and Encrypt are rights of their own, and tell which of the two keys is refused.
+                self.wrap(&self.unwrap(key, cx, connected).await?, cx, connected).await
             }
+        }
+    }
+
+    /// Whoever changed the record may have written a key of their own account into it that everybody may use. An alias points to
+    /// keys of its account only, which its name tells, or else AWS.
+    async fn is_at_home(&self, recorded: &KeyArn, connected: &Arc<Connected>) -> Result<(), KmsError> {
+        if !self.key.lacks_account() {
+            return Ok(());
+        }
+        if connected.home.get().is_none() {
+            let arn = match connected.client.describe_key().key_id(self.key.text()).send().await {
+                Ok(answer) => answer.key_metadata.and_then(|metadata| KeyArn::parse(metadata.arn()?)),
+                Err(error) => {
+                    let failure = self.refused("DescribeKey", &error, connected, self.key.text()).await;
+                    if failure.reason != Reason::Policy {
+                        return Err(failure.into_error());
+                    }
+                    let why = "whether the key that wrapped is of the alias's account cannot be told: give the right \
+                               kms:DescribeKey, or name the key with its account, by an ARN";
+                    return Err(failure.reclassified(KmsClass::Misconfigured, why).into_error());
+                }
+            };
+            if let Some(arn) = arn {
+                connected.home.get_or_init(|| arn);
+            }
+        }
+        match connected.home.get() {
+            Some(home) if home.is_of_account_of(recorded) => Ok(()),
+            _ => Err(bad(format!("it was wrapped by {recorded}, of another account than {}", self.key.text()))),
         }
     }
 
@@ -562,6 +614,8 @@ impl Service {
         if !self.key.may_be(&arn, &connected.region) {
             return Err(senseless(format!("AWS KMS used {arn}, and was asked for {}", self.key.text())));
         }
+        connected.home.get_or_init(|| arn.clone());
+        self.state().know(&arn);
         let ciphertext = blob.map(Blob::into_inner).unwrap_or_default();
         match framed(&arn, &ciphertext) {
             Some(blob) => Ok(WrappedKey { master_key: self.id(), key_version: String::new(), blob }),
@@ -585,7 +639,9 @@ impl Service {
     }
 
     async fn understood(&self, failure: Failure, connected: &Arc<Connected>, named: &str) -> Failure {
-        if failure.class == KmsClass::Denied || failure.reason == Reason::Expired {
+        // A client keeps what it has read, even that a file was missing or half-written.
+        let of_what_was_read = matches!(failure.reason, Reason::Credentials | Reason::Expired);
+        if of_what_was_read || matches!(failure.class, KmsClass::Denied | KmsClass::Misconfigured) {
             self.forget(connected);
         }
         match failure.reason {
@@ -593,6 +649,11 @@ impl Service {
                 let Ok(Ok(described)) = self.describe(connected, named).await else {
                     return failure;
                 };
+                if described.key_state() == Some(&KeyState::Enabled) && failure.says("external key") {
+                    let why = "the external key store refuses; which of its refusals are meant to last is not known, so to take \
+                               the key away, disable the KMS key";
+                    return failure.reclassified(KmsClass::Unclassified, why);
+                }
                 match described.key_state().and_then(judge_state) {
                     Some((class, text)) => failure.reclassified(class, text),
                     None => failure,
@@ -605,11 +666,16 @@ impl Service {
         }
     }
 
-    /// Whoever changed the record may have written a key's ARN into it that we have no right to, or that does not exist. By
-    /// an alias, no key is known to be ours but the one that it points to now.
+    /// Whoever changed the record may have written a key's ARN into it that we have no right to, that is disabled, or that does
+    /// not exist. By an alias, no key is known to be ours but the one that it points to now, and those that this process has
+    /// seen at work.
     async fn of_recorded(&self, failure: Failure, recorded: &KeyArn, connected: &Arc<Connected>) -> Failure {
-        let suspicious = matches!(failure.reason, Reason::NotFound | Reason::Policy);
-        if !self.key.is_alias() || !suspicious || !failure.class.is_revocation() {
+        let suspicious = !matches!(failure.reason, Reason::Credentials | Reason::Expired);
+        if !self.key.is_alias()
+            || !suspicious
+            || !failure.class.is_revocation()
+            || self.state().known.contains(recorded)
+        {
             return failure;
         }
         match self.describe(connected, self.key.text()).await {
@@ -708,7 +774,7 @@ impl Service {
                 (state.epoch, state.replaced, state.credentials.clone())
             };
             let (client, region) = self.connect(credentials).await?;
-            let made = Connected { client, region, since, replaced };
+            let made = Connected { client, region, since, replaced, home: OnceLock::new() };
             let mut state = self.state();
             if state.epoch == epoch {
                 // Of those that were made at the same time one is kept, so that credentials are loaded once.

@@ -88,6 +88,10 @@ impl Failure {
         }
     }
 
+    pub(super) fn says(&self, what: &str) -> bool {
+        self.text.contains(what)
+    }
+
     /// Whoever is denied has lost a right, not the time: a source that renews what it gives, and gives what has expired, is
     /// out of order (an instance's metadata service prolongs its credentials by itself then), or this machine's clock is slow.
     fn or_outdated(self, watch: &Watch) -> Self {

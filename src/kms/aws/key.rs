@@ -76,6 +76,11 @@ impl KeyName {
         }
     }
 
+    /// Whether only AWS knows the account that it is in, and it may point to any key there.
+    pub(super) fn lacks_account(&self) -> bool {
+        self.form == Form::Alias
+    }
+
     pub(super) fn is_alias(&self) -> bool {
         matches!(self.form, Form::Alias | Form::AliasArn(_))
     }
@@ -167,6 +172,10 @@ impl KeyArn {
     /// Whether it is the same key as `other`, or the same multi-region key in another region.
     pub(super) fn is_or_replicates(&self, other: &Self) -> bool {
         *self == other.in_region(&self.place.region)
+    }
+
+    pub(super) fn is_of_account_of(&self, other: &Self) -> bool {
+        self.place.partition == other.place.partition && self.place.account == other.place.account
     }
 
     fn is_multi_region(&self) -> bool {

@@ -7,6 +7,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use pageseal::testing::conformance::{Front, Passage, context, payload};
 use pageseal::{
     AwsCredentials, AwsKms, Cluster, ClusterOptions, KeyPayload, KeyWrapper, KmsClass, WrapContext, WrappedKey,
@@ -236,6 +238,7 @@ fn an_error_is_read_in_every_form_that_aws_sends_it_in() {
             KmsClass::BadCiphertext,
             "decrypted it under",
         ),
+        (ok(json!({ "Plaintext": "c2hvcnQ=" })), KmsClass::BadCiphertext, "decrypted it under"),
         (ok(json!({ "Plaintext": "A".repeat(100_000) })), KmsClass::Unclassified, "longer than 65536 bytes"),
     ];
     for (answer, class, text) in cases {
@@ -342,6 +345,103 @@ fn a_changed_record_is_a_bad_one_and_never_a_revocation() {
     assert!(class == KmsClass::BadCiphertext && text.contains("a fresh one is not"), "{text}");
     fake.script(|call, _| (call == "Decrypt").then(|| refusal("AccessDeniedException", "no")));
     assert_eq!(refusal_after(&by_id, |_| ()).0, KmsClass::Denied);
+}
+
+#[test]
+fn a_key_that_an_alias_pointed_to_counts_as_long_as_it_is_known_to_have_wrapped() {
+    let fake = FakeKms::start();
+    let next = ARN.replace("1234abcd", "00000000");
+    let describe = json!({ "KeyMetadata": { "KeyId": &next[next.len() - 36..], "Arn": next, "KeyState": "Enabled" } });
+    for (code, class) in [
+        ("AccessDeniedException", KmsClass::Denied),
+        ("NotFoundException", KmsClass::Deleted),
+        ("DisabledException", KmsClass::Disabled),
+    ] {
+        let wrapper = fake.builder("alias/x").build().unwrap();
+        let wrapped = wrapper.wrap_key(&payload(), &context(LONG)).unwrap();
+        let describe = describe.clone();
+        fake.script(move |call, body| match call {
+            "DescribeKey" => Some(ok(describe.clone())),
+            _ => (body["KeyId"] == json!(ARN)).then(|| refusal(code, "no")),
+        });
+        // One that has just started cannot tell it from whatever key was written into the record.
+        let started = fake.builder("alias/x").build().unwrap();
+        let of = |wrapper: &AwsKms| wrapper.unwrap_key(&wrapped, &context(LONG)).err().unwrap().class;
+        assert_eq!((of(&wrapper), of(&started)), (class, KmsClass::Misconfigured), "{code}");
+        fake.script(|_, _| None);
+        assert!(started.unwrap_key(&wrapped, &context(LONG)).is_ok());
+        fake.script(move |call, _| (call != "DescribeKey").then(|| refusal(code, "no")));
+        assert_eq!(of(&started), class, "{code}");
+        fake.script(|_, _| None);
+    }
+}
+
+#[test]
+fn a_key_of_another_account_opens_nothing_by_an_alias() {
+    let fake = FakeKms::start();
+    let theirs = ARN.replace("111122223333", "999999999999");
+    let plaintext = payload().with_bytes(|bytes| STANDARD.encode(bytes)).unwrap();
+    let answer = json!({ "KeyId": theirs, "Plaintext": plaintext });
+    let rewrapped = json!({ "KeyId": ARN, "SourceKeyId": theirs, "CiphertextBlob": "AAAA" });
+    let script = move |may_describe: bool| {
+        let (answer, rewrapped) = (answer.clone(), rewrapped.clone());
+        fake.script(move |call, _| match call {
+            "Decrypt" => Some(ok(answer.clone())),
+            "ReEncrypt" => Some(ok(rewrapped.clone())),
+            "DescribeKey" if !may_describe => Some(refusal("AccessDeniedException", "no")),
+            _ => None,
+        });
+        fake.builder("alias/x").build().unwrap()
+    };
+    let wrapped = |wrapper: &AwsKms| WrappedKey {
+        master_key: wrapper.id(),
+        key_version: String::new(),
+        blob: blob(&theirs, b"chosen by them"),
+    };
+    let wrapper = script(true);
+    let error = wrapper.unwrap_key(&wrapped(&wrapper), &context(LONG)).err().unwrap();
+    assert!(error.class == KmsClass::BadCiphertext && error.to_string().contains("another account"), "{error}");
+    let wrapper = script(true);
+    let error = wrapper.rewrap_key(&wrapped(&wrapper), &context(LONG)).unwrap_err();
+    assert!(error.class == KmsClass::BadCiphertext && error.to_string().contains("another account"), "{error}");
+    let wrapper = script(false);
+    let error = wrapper.unwrap_key(&wrapped(&wrapper), &context(LONG)).err().unwrap();
+    assert!(error.class == KmsClass::Misconfigured && error.to_string().contains("kms:DescribeKey"), "{error}");
+}
+
+#[test]
+fn a_rewrap_tells_of_which_key_it_was_refused() {
+    let fake = FakeKms::start();
+    let next = ARN.replace("1234abcd", "00000000");
+    let wrapper = fake.builder("alias/x").build().unwrap();
+    let wrapped = wrapper.wrap_key(&payload(), &context(LONG)).unwrap();
+    // The key that the alias points to is scheduled for deletion; the one that wrapped is well.
+    fake.script(move |call, body| match (call, &body["KeyId"] == "alias/x") {
+        ("ReEncrypt", _) | ("Encrypt", true) => Some(refusal("KMSInvalidStateException", "arn is pending deletion.")),
+        ("DescribeKey", true) => {
+            Some(ok(json!({ "KeyMetadata": { "KeyId": "x", "Arn": next, "KeyState": "PendingDeletion" } })))
+        }
+        _ => None,
+    });
+    let error = wrapper.rewrap_key(&wrapped, &context(LONG)).unwrap_err();
+    assert!(error.class == KmsClass::Deleted && error.to_string().contains("cancel that"), "{error}");
+    // The alias is gone.
+    fake.script(move |call, body| {
+        let refused = call == "ReEncrypt" || &body["KeyId"] == "alias/x";
+        refused.then(|| refusal("NotFoundException", "Alias alias/x is not found."))
+    });
+    let error = wrapper.rewrap_key(&wrapped, &context(LONG)).unwrap_err();
+    assert!(error.class == KmsClass::Misconfigured && error.to_string().contains("no such alias"), "{error}");
+}
+
+#[test]
+fn what_an_external_key_store_refuses_is_not_called_a_change_of_state() {
+    let fake = FakeKms::start();
+    let wrapper = fake.builder(KEY).build().unwrap();
+    let message = "The external key manager refused: the external key is disabled in its external key manager";
+    fake.script(move |call, _| (call == "Decrypt").then(|| refusal("KMSInvalidStateException", message)));
+    let (class, said) = refusal_after(&wrapper, |_| ());
+    assert!(class == KmsClass::Unclassified && said.contains("disable the KMS key"), "{class:?} {said}");
 }
 
 #[test]
@@ -536,6 +636,30 @@ fn the_old_access_key_may_be_disabled_as_soon_as_the_new_one_is_in_the_file() {
     let file = place.0.join("credentials");
     let environment = [("AWS_SHARED_CREDENTIALS_FILE", file.to_str().unwrap()), ("AWS_EC2_METADATA_DISABLED", "true")];
     assert_eq!(in_child_of("child_that_changes_its_access_key", &environment), "Ok(()) Ok(())");
+}
+
+#[test]
+fn a_file_that_was_missing_or_half_written_is_read_again() {
+    let fake = FakeKms::start();
+    let place = Directory::new();
+    let path = |name: &str| place.0.join(name).to_str().unwrap().to_owned();
+    let (good, used, url) = (path("good"), path("used"), fake.url());
+    std::fs::write(&good, "[default]\naws_access_key_id = AKIAEXAMPLE\naws_secret_access_key = secret\n").unwrap();
+    let then = format!("{good} {used}");
+    for before in [None, Some("[default\naws_access"), Some("[other]\nregion = eu-west-1\n")] {
+        let _ = std::fs::remove_file(&used);
+        if let Some(before) = before {
+            std::fs::write(&used, before).unwrap();
+        }
+        let said = in_child(&[
+            ("PAGESEAL_AWS_KEY", ARN),
+            ("AWS_ENDPOINT_URL_KMS", &url),
+            ("AWS_EC2_METADATA_DISABLED", "true"),
+            ("AWS_SHARED_CREDENTIALS_FILE", &used),
+            ("THEN", &then),
+        ]);
+        assert_eq!(said, "ok", "{before:?}");
+    }
 }
 
 #[test]
