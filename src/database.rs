@@ -121,7 +121,7 @@ impl Database {
     /// # Errors
     /// [`ErrorKind::InUse`] while a process may still seal under an older one;
     /// [`ErrorKind::NotFound`] if no cipher was ever given out, or there is no such generation; [`ErrorKind::Invalid`] if
-    /// that was said of a newer generation before; [`ErrorKind::Closed`] while the cluster is disabled; what changing the
+    /// that was said of a newer generation before, or one from `below` on is destroyed; [`ErrorKind::Closed`] while the cluster is disabled; what changing the
     /// keystore gives.
     pub fn release_external(&self, below: Generation) -> Result<()> {
         let raise =

@@ -325,7 +325,8 @@ impl Model {
         let raced = told == "InUse" && !others.is_empty();
         let Some(open) = self.opened(peer, name) else { return told == "NotFound" || raced };
         let (id, noted, known) = (open.id.clone(), open.noted, below <= open.newest);
-        let gone = open.destroyed.contains(&below);
+        // Who needs keys from `below` on needs the later ones, too.
+        let gone = open.destroyed.iter().any(|destroyed| *destroyed >= below);
         let destroyed = open.destroyed.clone();
         let older = |held: &u32| *held < below && !destroyed.contains(held);
         let (sure, perhaps) = self.held(peer, &id, others);
