@@ -56,6 +56,15 @@ const CONTEXT_TEXT_LEN: usize = CONTEXT_LEN.div_ceil(3) * 4;
 ///
 /// [`KeyWrapper::rewrap_key`] is a decryption and an encryption: `transit/rewrap` knows no associated data.
 ///
+/// A login that fails with a bare "permission denied" is [`KmsClass::Unclassified`]: it is what the server says when access is
+/// withdrawn, and also when the Kubernetes API server is down or somebody has had the role locked by wrong secrets. Access that
+/// is withdrawn is seen before, at a call: a token that the server took, and whose time is not over, is refused. A login that
+/// was refused is not repeated with the same credentials for a second, and then ever longer, up to a minute.
+///
+/// [`KmsClass::Disabled`] is also said of a ciphertext of a version below the key's `min_decryption_version`. The server looks
+/// at no more than the number before the ciphertext, so that who can change a stored record can cause it; the checks of a
+/// running cluster use an authenticated probe instead.
+///
 /// Tokens of login methods are renewed at a call when two thirds of their lease have passed, and got anew when that fails or
 /// the server refuses one; threads share one login. Redirects of a standby to its leader are followed once, to the same path
 /// and never from TLS to none. Calls last no longer than [`WrapContext::deadline`] and are not repeated but for the one after
@@ -172,13 +181,26 @@ impl VaultTransit {
         };
         let token = session.token(http, cx.deadline)?;
         let mut answer = post(token.text())?;
-        if answer.is_denied()
-            && let Some(next) = session.after_refusal(&token, http, cx.deadline)?
-        {
-            answer = post(next.text())?;
-            if answer.is_denied() {
-                session.bar(&next);
+        if answer.is_denied() {
+            let counts = session.vouches_for(&token);
+            match session.after_refusal(&token, http, cx.deadline) {
+                Ok(None) => {}
+                Ok(Some(next)) => {
+                    answer = post(next.text())?;
+                    if answer.is_denied() {
+                        session.bar(&next);
+                    } else if answer.status == 200 {
+                        next.was_taken();
+                    }
+                }
+                // A refusal of a token that was good until now is a verdict, unless a login could still show otherwise.
+                Err(why) if counts && !matches!(why.class, KmsClass::Unreachable | KmsClass::Throttled) => {
+                    return Err(both(&answer.into_error(asked), &why));
+                }
+                Err(why) => return Err(why),
             }
+        } else if answer.status == 200 {
+            token.was_taken();
         }
         answer.into_json(asked)
     }
@@ -244,6 +266,13 @@ impl fmt::Debug for VaultTransit {
         let mut shown = f.debug_struct("VaultTransit");
         shown.field("address", &self.0.http.address()).field("id", &self.0.id).finish_non_exhaustive()
     }
+}
+
+/// The refusal of a call, with what became of the login after it.
+fn both(refusal: &KmsError, login: &KmsError) -> KmsError {
+    let text = |error: &KmsError| error.source.as_ref().map(ToString::to_string).unwrap_or_default();
+    let text = format!("{}; and there is no new token: {}", text(refusal), text(login));
+    KmsError::with_source(refusal.class, text)
 }
 
 /// A variable of the environment. What is not UTF-8 comes out as a text that no setting takes: it must not count as unset.
@@ -389,6 +418,7 @@ mod tests {
     }
 
     use super::stand_in::{Request, StandIn};
+    use std::sync::atomic::{AtomicBool, Ordering};
     use std::thread;
 
     fn told(status: u16, text: &str) -> (u16, String) {
@@ -400,12 +430,133 @@ mod tests {
         (200, serde_json::json!({ "data": { "ciphertext": text } }).to_string())
     }
 
+    /// A login that gives the token `t`.
+    fn logged_in(seconds: u64, uses: u64) -> (u16, String) {
+        let auth = serde_json::json!({ "client_token": "t", "lease_duration": seconds, "num_uses": uses });
+        (200, serde_json::json!({ "auth": auth }).to_string())
+    }
+
+    const LOGIN: &str = "auth/approle/login";
+
     fn of(server: &StandIn, auth: VaultAuth) -> VaultTransit {
         VaultTransit::builder(&server.address, "k", auth).build().unwrap()
     }
 
+    fn role() -> VaultAuth {
+        VaultAuth::app_role("role", "secret-id")
+    }
+
     fn failure(wrapper: &VaultTransit) -> KmsError {
         wrapper.wrap_key(&payload(7), &context()).expect_err("the stand-in refuses")
+    }
+
+    /// A server that takes the role and the call until the test turns it; from then on, logins are answered by `login` and
+    /// calls are refused.
+    fn turning(seconds: u64, uses: u64, login: (u16, String)) -> (StandIn, Arc<AtomicBool>) {
+        let turned = Arc::<AtomicBool>::default();
+        let seen = Arc::clone(&turned);
+        let server = StandIn::start(move |request| match (seen.load(Ordering::Relaxed), request.path.as_str()) {
+            (false, LOGIN) => logged_in(seconds, uses),
+            (false, _) => wrapped(),
+            (true, LOGIN) => login.clone(),
+            (true, _) => told(403, "permission denied"),
+        });
+        (server, turned)
+    }
+
+    #[test]
+    fn the_refusal_of_a_good_token_is_told_though_the_new_login_fails() {
+        for (status, text) in [
+            // What `auth disable` gives.
+            (403, "permission denied"),
+            (404, "namespace not found"),
+            (400, "something new"),
+            (400, "invalid role or secret ID"),
+        ] {
+            let (server, turned) = turning(3600, 0, told(status, text));
+            let wrapper = of(&server, role());
+            wrapper.wrap_key(&payload(7), &context()).unwrap();
+            turned.store(true, Ordering::Relaxed);
+            for _ in 0..3 {
+                let error = failure(&wrapper);
+                assert_eq!(error.class, KmsClass::Denied, "{status} {text}: {error}");
+                assert!(error.to_string().contains(text), "{error}");
+            }
+            turned.store(false, Ordering::Relaxed);
+            wrapper.wrap_key(&payload(7), &context()).unwrap();
+        }
+    }
+
+    #[test]
+    fn the_refusal_of_a_token_that_may_have_ended_is_no_verdict_if_the_login_gives_none() {
+        for (seconds, uses, asked_before, login, class) in [
+            (1, 0, true, told(403, "permission denied"), KmsClass::Unclassified),
+            (3600, 7, true, told(403, "permission denied"), KmsClass::Unclassified),
+            (3600, 0, false, told(403, "permission denied"), KmsClass::Unclassified),
+            (3600, 0, true, told(503, "Vault is sealed"), KmsClass::Unreachable),
+            (3600, 0, true, told(429, "rate limit quota exceeded"), KmsClass::Throttled),
+        ] {
+            let (server, turned) = turning(seconds, uses, login.clone());
+            let wrapper = of(&server, role());
+            if asked_before {
+                wrapper.wrap_key(&payload(7), &context()).unwrap();
+            } else {
+                wrapper.0.session.token(&wrapper.0.http, context().deadline).unwrap();
+            }
+            thread::sleep(Duration::from_millis(if seconds == 1 { 1100 } else { 0 }));
+            turned.store(true, Ordering::Relaxed);
+            let error = failure(&wrapper);
+            assert_eq!(error.class, class, "{seconds} {uses} {asked_before} {login:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_refused_login_is_not_tried_again_at_once_but_with_other_credentials() {
+        let path = std::env::temp_dir().join(format!("pageseal-vault-rest-{}", std::process::id()));
+        std::fs::write(&path, "stale").unwrap();
+        let server = StandIn::start(|request: &Request| match request.path.as_str() {
+            LOGIN if request.body.contains("fresh") => logged_in(3600, 0),
+            LOGIN => told(400, "invalid role or secret ID"),
+            _ => wrapped(),
+        });
+        let wrapper = of(&server, VaultAuth::app_role_with_secret_file("role", &path));
+        for _ in 0..5 {
+            assert_eq!(failure(&wrapper).class, KmsClass::Denied);
+        }
+        assert!(server.count(LOGIN) <= 2, "{}", server.count(LOGIN));
+        std::fs::write(&path, "fresh").unwrap();
+        wrapper.wrap_key(&payload(7), &context()).unwrap();
+        std::fs::remove_file(&path).unwrap();
+    }
+
+    #[test]
+    fn a_file_that_is_just_being_written_is_no_verdict() {
+        let path = std::env::temp_dir().join(format!("pageseal-vault-half-{}", std::process::id()));
+        let server = StandIn::start(|request: &Request| match request.path.as_str() {
+            LOGIN if request.body.contains("whole-secret") => logged_in(3600, 0),
+            LOGIN => told(400, "invalid role or secret ID"),
+            _ if request.token == "whole-secret" || request.token == "t" => wrapped(),
+            _ => told(403, "permission denied"),
+        });
+        for auth in [VaultAuth::token_file(&path), VaultAuth::app_role_with_secret_file("role", &path)] {
+            let wrapper = of(&server, auth);
+            std::fs::write(&path, "whole-se").unwrap();
+            let writer = thread::spawn({
+                let path = path.clone();
+                move || {
+                    thread::sleep(Duration::from_millis(150));
+                    std::fs::write(&path, "whole-secret").unwrap();
+                }
+            });
+            wrapper.wrap_key(&payload(7), &context()).unwrap();
+            writer.join().unwrap();
+            std::fs::write(&path, "").unwrap();
+            wrapper.replace_auth(VaultAuth::token_file(&path)).unwrap();
+            assert_eq!(failure(&wrapper).class, KmsClass::Misconfigured);
+            std::fs::write(&path, "wrong").unwrap();
+            assert_eq!(failure(&wrapper).class, KmsClass::Denied);
+        }
+        std::fs::remove_file(&path).unwrap();
     }
 
     #[test]

@@ -102,6 +102,7 @@ impl Answer {
             _ if !from_vault => {
                 (KmsClass::Unclassified, "this is no answer of Vault's, but of something before it (VAULT_ADDR)".into())
             }
+            403 if self.is_denied() && login => login_refused(&said, &namespace),
             403 if self.is_denied() => (KmsClass::Denied, String::new()),
             404 if has("namespace not found") => {
                 (KmsClass::Misconfigured, format!("the server does not know {namespace} (VAULT_NAMESPACE)"))
@@ -140,6 +141,26 @@ fn echoes(text: &str, secret: &[u8]) -> bool {
     let holds = |part: &[u8]| text.as_bytes().windows(part.len()).any(|window| window == part);
     let mut parts = secret.chunks_exact(PART);
     parts.any(holds) || (!secret.is_empty() && holds(secret))
+}
+
+/// The meanings of a 403 for a login. A bare "permission denied" is the same for a mount that does not exist, for a role that
+/// is locked because somebody else tried wrong secrets, and for a Kubernetes API server that is down: no verdict. The clocks
+/// of three machines meet in a JWT.
+fn login_refused(said: &str, namespace: &str) -> (KmsClass, String) {
+    if said.contains("not authorized") {
+        return (KmsClass::Denied, String::new());
+    }
+    if said.contains("claim: token") {
+        let advice = "compare the clocks of the Vault server and of Kubernetes, and see that the file with the service account's \
+                      token is renewed (PAGESEAL_VAULT_KUBERNETES_JWT_FILE)";
+        return (KmsClass::Unclassified, advice.into());
+    }
+    let advice = format!(
+        "this says not whether access was withdrawn: see that the auth method is mounted there (PAGESEAL_VAULT_AUTH_MOUNT), in \
+         {namespace}, that the role is not locked after failed logins (sys/locked-users), and that the server reaches the \
+         Kubernetes API server"
+    );
+    (KmsClass::Unclassified, advice)
 }
 
 /// The meanings of a 400.
@@ -301,7 +322,13 @@ mod tests {
             (Call::Login, 400, "missing secret_id", Unclassified),
             (Call::Login, 400, "encryption key not found", Unclassified),
             (Call::Login, 400, CIDR, Denied),
-            (Call::Login, 403, "permission denied", Denied),
+            (Call::Login, 403, "service account name not authorized", Denied),
+            (Call::Login, 403, "namespace not authorized", Denied),
+            // No such mount; a role that is locked out; a Kubernetes API server that is down.
+            (Call::Login, 403, "permission denied", Unclassified),
+            (Call::Login, 403, "invalid expiration time (exp) claim: token is expired", Unclassified),
+            (Call::Login, 403, "invalid not before (nbf) claim: token not yet valid", Unclassified),
+            (Call::Login, 403, "something new", Unclassified),
             // HashiCorp Vault; OpenBao says 403.
             (Call::Login, 404, "no handler for route \"auth/x/login\". route entry not found.", Misconfigured),
             (Call::Login, 500, "could not load backend configuration", Unreachable),
@@ -350,6 +377,16 @@ mod tests {
         let error = classify(Call::Decrypt, 400, &errors(&format!("a\n\t\u{1b}[31mb{}", "é".repeat(5000)))).to_string();
         assert!(error.contains("a [31mbé") && error.len() < 800 && !error.contains(['\n', '\u{1b}']), "{error}");
         assert!(classify(Call::Decrypt, 502, &"<p>".repeat(9999)).to_string().len() < 600);
+    }
+
+    #[test]
+    fn a_login_that_is_refused_for_an_unclear_reason_says_what_to_look_at() {
+        let error = classify(Call::Login, 403, &errors("permission denied")).to_string();
+        for part in ["PAGESEAL_VAULT_AUTH_MOUNT", "locked", "Kubernetes API server", "the namespace team"] {
+            assert!(error.contains(part), "{part}: {error}");
+        }
+        let error = classify(Call::Login, 403, &errors("invalid not before (nbf) claim: token not yet valid"));
+        assert!(error.to_string().contains("clock"), "{error}");
     }
 
     #[test]

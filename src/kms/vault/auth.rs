@@ -5,8 +5,10 @@ use std::fs::OpenOptions;
 use std::io::Read;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
 
 use zeroize::Zeroizing;
 
@@ -23,6 +25,12 @@ const MAX_SECRET: usize = 16 * 1024;
 /// A token that was refused although it is fresh: the policy is the reason, and another login would change nothing. For this
 /// long, refusals of it cause no further login.
 const BARRED: Duration = Duration::from_secs(2);
+/// After a login that was refused, the same credentials are not shown again for this long; each time for twice as long. Servers
+/// lock a role after some wrong logins, for everybody.
+const FIRST_REST: Duration = Duration::from_secs(1);
+const LONGEST_REST: Duration = Duration::from_secs(60);
+/// A credential from a file that was refused may have been read while it was written: it is read again after this long.
+const SECOND_LOOK: Duration = Duration::from_millis(500);
 /// After a renewal that failed, the token is used on, and the next renewal tried no sooner.
 const RENEWAL_PAUSE: Duration = Duration::from_secs(1);
 
@@ -31,7 +39,7 @@ const RENEWAL_PAUSE: Duration = Duration::from_secs(1);
 /// | method | the token | when it ends |
 /// |---|---|---|
 /// | [`VaultAuth::token`] | as given; never renewed | calls are [`KmsClass::Denied`] until `replace_auth` |
-/// | [`VaultAuth::token_file`] | read at each call, as the sink of a Vault agent | the next call reads the new one |
+/// | [`VaultAuth::token_file`] | read at each call, as the sink of a Vault agent | calls are [`KmsClass::Denied`] until the file has a new one |
 /// | [`VaultAuth::app_role`], [`VaultAuth::app_role_with_secret_file`] | from a login | it is renewed, or a login made |
 /// | [`VaultAuth::kubernetes`] | from a login | it is renewed, or a login made |
 ///
@@ -131,6 +139,10 @@ impl VaultAuth {
         matches!(self.method, Method::AppRole { .. } | Method::Kubernetes { .. })
     }
 
+    fn secret_is_in_file(&self) -> bool {
+        matches!(self.method, Method::AppRole { secret: Secret::File(_), .. } | Method::Kubernetes { .. })
+    }
+
     /// The body of a login, with the secret as it is in its file now.
     fn login_body(&self) -> Result<Zeroizing<Vec<u8>>, KmsError> {
         match &self.method {
@@ -209,9 +221,22 @@ pub(super) struct Token {
     text: Zeroizing<String>,
     /// Tells the tokens of one session apart.
     number: u64,
+    /// Whether a call with it has succeeded.
+    taken: AtomicBool,
+    /// Ends after some uses, however long its lease is.
+    limited: bool,
 }
 
 impl Token {
+    fn given(text: Zeroizing<String>) -> Arc<Self> {
+        Arc::new(Self { text, number: 0, taken: AtomicBool::new(false), limited: false })
+    }
+
+    /// Notes that the server took it.
+    pub(super) fn was_taken(&self) {
+        self.taken.store(true, Ordering::Relaxed);
+    }
+
     pub(super) fn text(&self) -> &str {
         &self.text
     }
@@ -234,12 +259,31 @@ struct State {
     attempts: u64,
     /// How the last attempt ended, if it failed.
     failure: Option<(u64, Failure)>,
+    /// The last login, if the server refused it.
+    rest: Option<Rest>,
 }
 
 struct Current {
     token: Arc<Token>,
     lease: Option<Lease>,
     barred_until: Option<Instant>,
+    /// By a call. It is kept until a login brings another: should that fail, the server is asked with this one again, whose
+    /// refusal says more than that of a login.
+    refused: bool,
+}
+
+impl Current {
+    fn lives(&self, now: Instant) -> bool {
+        self.lease.is_none_or(|lease| now < lease.ends)
+    }
+}
+
+struct Rest {
+    until: Instant,
+    length: Duration,
+    /// What was sent.
+    body: Zeroizing<Vec<u8>>,
+    failure: Failure,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -248,7 +292,15 @@ struct Lease {
     granted: Duration,
     renew_at: Instant,
     ends: Instant,
+    /// By the clock on the wall, which also counts the time that this machine sleeps.
+    ends_by_wall: SystemTime,
     renewable: bool,
+}
+
+/// Counts the time that this machine sleeps, too.
+#[allow(clippy::disallowed_methods)] // A lease is the server's, of the time that it is.
+fn wall_clock() -> SystemTime {
+    SystemTime::now()
 }
 
 impl Lease {
@@ -259,6 +311,7 @@ impl Lease {
             granted,
             renew_at: now + granted.mul_f64(2.0 / 3.0),
             ends: now + granted,
+            ends_by_wall: wall_clock() + granted,
             renewable,
         })
     }
@@ -315,26 +368,55 @@ struct Attempt {
 
 impl Session {
     pub(super) fn new(auth: VaultAuth) -> Self {
-        let state = State { auth: Arc::new(auth), epoch: 0, current: None, at_work: None, attempts: 0, failure: None };
+        let state = State {
+            auth: Arc::new(auth),
+            epoch: 0,
+            current: None,
+            at_work: None,
+            attempts: 0,
+            failure: None,
+            rest: None,
+        };
         Self { state: Mutex::new(state), changed: Condvar::new() }
     }
 
     pub(super) fn replace(&self, auth: VaultAuth) {
         let mut state = self.lock();
         let (epoch, attempts) = (state.epoch + 1, state.attempts);
-        *state = State { auth: Arc::new(auth), epoch, current: None, at_work: None, attempts, failure: None };
+        *state =
+            State { auth: Arc::new(auth), epoch, current: None, at_work: None, attempts, failure: None, rest: None };
         drop(state);
         self.changed.notify_all();
     }
 
-    /// A token that is good as far as is known here.
+    /// A token that is good as far as is known here; or a refused one, if there is no other.
     pub(super) fn token(&self, http: &Http, deadline: Instant) -> Result<Arc<Token>, KmsError> {
+        self.good_token(http, deadline).or_else(|error| {
+            let unclear = matches!(error.class, KmsClass::Unreachable | KmsClass::Throttled);
+            let state = self.lock();
+            let refused = state.current.as_ref().filter(|current| !unclear && current.lives(Instant::now()));
+            refused.map(|current| Arc::clone(&current.token)).ok_or(error)
+        })
+    }
+
+    /// Whether the server would take `token`, had nobody withdrawn it: it has taken it before, and its time is not over.
+    pub(super) fn vouches_for(&self, token: &Token) -> bool {
+        let state = self.lock();
+        let own = state.current.as_ref().filter(|current| current.token.number == token.number);
+        own.is_some_and(|own| {
+            let lives = own.lives(Instant::now());
+            let over = own.lease.is_some_and(|lease| lease.ends_by_wall <= wall_clock());
+            lives && !over && !token.limited && token.taken.load(Ordering::Relaxed)
+        })
+    }
+
+    fn good_token(&self, http: &Http, deadline: Instant) -> Result<Arc<Token>, KmsError> {
         loop {
             match self.next_turn(deadline)? {
                 Turn::Use(token) => return Ok(token),
                 Turn::ReadFile(path) => {
                     let text = read_secret(&path, "token", "PAGESEAL_VAULT_TOKEN_FILE")?;
-                    return Ok(Arc::new(Token { text, number: 0 }));
+                    return Ok(Token::given(text));
                 }
                 Turn::Work(attempt) => self.work(http, &attempt, deadline)?,
             }
@@ -348,19 +430,21 @@ impl Session {
         http: &Http,
         deadline: Instant,
     ) -> Result<Option<Arc<Token>>, KmsError> {
-        {
+        let from_file = {
             let mut state = self.lock();
-            if state.auth.logs_in() {
-                let own = state.current.as_ref().filter(|current| current.token.number == token.number);
-                if own.is_some_and(|own| own.barred_until.is_some_and(|until| Instant::now() < until)) {
+            if let Some(own) = state.current.as_mut().filter(|current| current.token.number == token.number) {
+                if own.barred_until.is_some_and(|until| Instant::now() < until) {
                     return Ok(None);
                 }
-                if own.is_some() {
-                    state.current = None;
-                }
+                own.refused = true;
             }
+            matches!(state.auth.method, Method::TokenFile(_))
+        };
+        let mut next = self.good_token(http, deadline)?;
+        if from_file && next.text == token.text {
+            wait_for_a_second_look(deadline);
+            next = self.good_token(http, deadline)?;
         }
-        let next = self.token(http, deadline)?;
         Ok((next.text != token.text).then_some(next))
     }
 
@@ -379,13 +463,13 @@ impl Session {
             match &state.auth.method {
                 Method::Token(text) => {
                     let text = Zeroizing::new(text.trim().to_owned());
-                    return Ok(Turn::Use(Arc::new(Token { text, number: 0 })));
+                    return Ok(Turn::Use(Token::given(text)));
                 }
                 Method::TokenFile(path) => return Ok(Turn::ReadFile(path.clone())),
                 Method::AppRole { .. } | Method::Kubernetes { .. } => {}
             }
             let now = Instant::now();
-            let good = state.current.as_ref().filter(|current| current.lease.is_none_or(|lease| now < lease.ends));
+            let good = state.current.as_ref().filter(|current| !current.refused && current.lives(now));
             if let Some(current) = good {
                 let due = current.lease.filter(|lease| lease.renew_at <= now);
                 let Some(lease) = due.filter(|_| state.at_work.is_none()) else {
@@ -418,7 +502,7 @@ impl Session {
         // Also if what follows panics.
         let _ended = Ended { session: self, attempt };
         let Some((token, lease)) = &attempt.renew else {
-            let current = login(http, &attempt.auth, attempt.number, deadline).inspect_err(|error| {
+            let current = self.login(http, attempt, deadline).inspect_err(|error| {
                 let failure = Failure::of(error, deadline);
                 self.settle(attempt, |state| state.failure = Some((attempt.number, failure)));
             })?;
@@ -434,8 +518,7 @@ impl Session {
             Err(error) => {
                 let unclear = matches!(error.class, KmsClass::Unreachable | KmsClass::Throttled);
                 // The token will end for good: a new one, while the old one lasts.
-                let next =
-                    if unclear { Err(error) } else { login(http, &attempt.auth, attempt.number, half(deadline)) };
+                let next = if unclear { Err(error) } else { self.login(http, attempt, half(deadline)) };
                 self.settle(attempt, |state| match (next, &mut state.current) {
                     (Ok(next), current) => *current = Some(next),
                     (Err(_), Some(Current { lease: Some(lease), .. })) => lease.postpone(Instant::now()),
@@ -444,6 +527,40 @@ impl Session {
             }
         }
         Ok(())
+    }
+
+    /// Logs in, unless the server has just refused the very same.
+    fn login(&self, http: &Http, attempt: &Attempt, deadline: Instant) -> Result<Current, KmsError> {
+        let auth = &attempt.auth;
+        let mut body = auth.login_body()?;
+        let before = {
+            let state = self.lock();
+            let same = state.rest.as_ref().filter(|rest| rest.body == body);
+            if let Some(rest) = same.filter(|rest| Instant::now() < rest.until) {
+                return Err(rest.failure.to_error());
+            }
+            same.map(|rest| rest.length)
+        };
+        let mut outcome = login(http, auth, &body, attempt.number, deadline);
+        let denied = outcome.as_ref().err().is_some_and(|error| error.class == KmsClass::Denied);
+        if denied && before.is_none() && auth.secret_is_in_file() {
+            wait_for_a_second_look(deadline);
+            let again = auth.login_body()?;
+            if again != body {
+                outcome = login(http, auth, &again, attempt.number, deadline);
+                body = again;
+            }
+        }
+        let rest = match &outcome {
+            Err(error) if matches!(error.class, KmsClass::Denied | KmsClass::Unclassified) => {
+                let length = before.map_or(FIRST_REST, |before| (2 * before).min(LONGEST_REST));
+                let failure = Failure::of(error, deadline);
+                Some(Rest { until: Instant::now() + length, length, body, failure })
+            }
+            _ => None,
+        };
+        self.settle(attempt, |state| state.rest = rest);
+        outcome
     }
 
     /// Notes an outcome, unless the credentials were replaced meanwhile.
@@ -489,16 +606,21 @@ fn half(deadline: Instant) -> Instant {
     now + deadline.saturating_duration_since(now) / 2
 }
 
-fn login(http: &Http, auth: &VaultAuth, number: u64, deadline: Instant) -> Result<Current, KmsError> {
+fn wait_for_a_second_look(deadline: Instant) {
+    thread::sleep(SECOND_LOOK.min(deadline.saturating_duration_since(Instant::now()) / 4));
+}
+
+fn login(http: &Http, auth: &VaultAuth, body: &[u8], number: u64, deadline: Instant) -> Result<Current, KmsError> {
     let path = format!("auth/{}/login", auth.mount);
-    let body = auth.login_body()?;
-    let asked = Asked { call: Call::Login, path: &path, namespace: http.namespace(), secret: secret_of(&body) };
+    let asked = Asked { call: Call::Login, path: &path, namespace: http.namespace(), secret: secret_of(body) };
     let now = Instant::now();
-    let json = http.post(&Head { path: &path, token: None, label: None, deadline }, &body)?.into_json(&asked)?;
+    let json = http.post(&Head { path: &path, token: None, label: None, deadline }, body)?.into_json(&asked)?;
     let text = json.text("auth", "client_token").filter(|token| !token.is_empty());
     let text = text.ok_or_else(|| unexpected(&asked, "gave no token for the login (does it want a second factor?)"))?;
-    let token = Arc::new(Token { text: Zeroizing::new(text.to_owned()), number });
-    Ok(Current { token, lease: lease_of(&json, now), barred_until: None })
+    let limited = json.number("auth", "num_uses").unwrap_or(0) > 0;
+    let text = Zeroizing::new(text.to_owned());
+    let token = Arc::new(Token { text, number, taken: AtomicBool::new(false), limited });
+    Ok(Current { token, lease: lease_of(&json, now), barred_until: None, refused: false })
 }
 
 /// Counted from before the call, so as to end a little early rather than late.

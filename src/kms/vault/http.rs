@@ -341,7 +341,7 @@ mod tests {
             ("vault:8200", "no scheme or host"),
             ("vault", "no scheme or host"),
             ("", "no URL"),
-            ("unix:///run/vault.sock", "is neither"),
+            ("unix:///run/vault.sock", "is no URL"),
             ("https://vault:8200/v1", "ends with /v1"),
             ("https://vault:8200/v1/", "ends with /v1"),
             ("https://vault:8200?x=1", "has a query"),

@@ -919,3 +919,46 @@ fn the_commands_of_the_page_set_up_what_they_promise() {
     unwrap(&wrapper, &wrapped).unwrap();
     score(&format!("vault-page blocks={blocks} failed=0"));
 }
+
+#[test]
+fn a_login_that_others_spoil_is_no_verdict() {
+    let bao = bao!();
+    make_key(&bao.api, "spoiled");
+    let pageseal = build(&bao.url(), "spoiled", VaultAuth::token(ROOT));
+    let wrapped = wrap(&pageseal).unwrap();
+    let no_verdict = |what: &str, auth: VaultAuth| {
+        let error = unwrap(&build(&bao.url(), "spoiled", auth), &wrapped).unwrap_err();
+        assert!(!error.class.is_revocation(), "{what}: {error}");
+    };
+
+    // The Kubernetes API server is down, in two ways.
+    bao.api.call("POST", "sys/auth/cluster-2", &json!({ "type": "kubernetes" }));
+    let role = json!({ "bound_service_account_names": ["keeper"], "bound_service_account_namespaces": ["db"] });
+    bao.api.call("POST", "auth/cluster-2/role/pod", &role);
+    let directory = Directory::new("jwt-down");
+    let file = directory.file("jwt", FakeTokenReview::jwt("keeper"));
+    let overloaded = HttpServer::plain(|_| Answer::json("503 Service Unavailable", "overloaded"));
+    for host in [format!("127.0.0.1:{}", free_port()), overloaded.address().to_string()] {
+        let config = json!({
+            "kubernetes_host": format!("http://{host}"),
+            "kubernetes_ca_cert": rcgen_ca(),
+            "token_reviewer_jwt": FakeTokenReview::jwt("reviewer"),
+            "disable_local_ca_jwt": true,
+            "disable_iss_validation": true,
+        });
+        bao.api.call("POST", "auth/cluster-2/config", &config);
+        no_verdict("API server", VaultAuth::kubernetes("pod").mount("cluster-2").jwt_file(&file));
+    }
+
+    // Somebody who knows the role id has tried wrong secret ids, until the server locked the role out.
+    bao.api.call("POST", "sys/auth/lockable", &json!({ "type": "approle" }));
+    bao.api.call("POST", "auth/lockable/role/r", &json!({ "token_policies": ["default"] }));
+    let role = bao.api.call("GET", "auth/lockable/role/r/role-id", &Value::Null)["data"]["role_id"].clone();
+    let secret = bao.api.call("POST", "auth/lockable/role/r/secret-id", &json!({}))["data"]["secret_id"].clone();
+    for _ in 0..6 {
+        let wrong = json!({ "role_id": role, "secret_id": "wrong" });
+        bao.api.ask("POST", "auth/lockable/login", &wrong).unwrap_err();
+    }
+    let auth = VaultAuth::app_role(role.as_str().unwrap(), secret.as_str().unwrap()).mount("lockable");
+    no_verdict("locked out", auth);
+}
