@@ -4,10 +4,11 @@ mod classify;
 mod credential;
 mod transport;
 
+use std::collections::HashSet;
 use std::ffi::OsString;
 use std::fmt;
 use std::path::PathBuf;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
@@ -72,8 +73,8 @@ const AZURE_DOMAINS: [&str; 7] = [
 /// A version that a stored record names and that the vault does not have may mean that the key was deleted, or that the
 /// record was changed. Then the vault is asked for the key itself (`keys/read`; without that right, by wrapping zeros): if it
 /// is there, the record is wrong ([`KmsClass::BadCiphertext`]), and if it is not, the key is deleted
-/// ([`KmsClass::Deleted`]). Where both are forbidden the key counts as deleted, because to go on after a deletion is worse
-/// than to stop after a change on disk.
+/// ([`KmsClass::Deleted`]). Where both are forbidden the key counts as deleted if this wrapper has used that version before,
+/// as a running cluster has; otherwise the failure is [`KmsClass::Unclassified`], and says that `keys/read` is missing.
 ///
 /// # What stays in memory
 ///
@@ -259,7 +260,7 @@ impl AzureKeyVaultBuilder {
         };
         let session = ArcSwap::from_pointee(settings.connect(self.credential)?);
         let (key, pinned, algorithm) = (self.key, self.key_version, self.algorithm);
-        let keys = Keys { id, settings, key, pinned, algorithm, session };
+        let keys = Keys { id, settings, key, pinned, algorithm, session, seen: Mutex::default() };
         Ok(AzureKeyVault { keys: Arc::new(FromAsync::new(keys)) })
     }
 
@@ -406,7 +407,12 @@ struct Keys {
     pinned: Option<String>,
     algorithm: AzureAlgorithm,
     session: ArcSwap<Session>,
+    /// The versions that the service has used for this wrapper, in lower case. They are the service's word, never a record's.
+    seen: Mutex<HashSet<String>>,
 }
+
+/// More versions than a key gets in a hundred years.
+const MOST_SEEN: usize = 4096;
 
 impl Keys {
     /// Asks the vault; a second time with a fresh token if it refused the first, which may have been revoked while it was
@@ -502,8 +508,19 @@ impl Keys {
         ours().ok_or_else(|| unclassified(format!("the service answered for another key: {:?}", bounded(kid))))
     }
 
+    fn seen(&self) -> MutexGuard<'_, HashSet<String>> {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn has_used(&self, version: &str) {
+        let mut seen = self.seen();
+        if seen.len() < MOST_SEEN {
+            seen.insert(version.to_ascii_lowercase());
+        }
+    }
+
     /// What it means that the vault does not have this version of the key.
-    async fn version_is_missing(&self, not_found: KmsError, absent: KmsError) -> KmsError {
+    async fn version_is_missing(&self, version: &str, not_found: KmsError, absent: KmsError) -> KmsError {
         let get = async |client: &KeyClient| client.get_key(&self.key, None).await.map(drop);
         let refusal = match self.ask(Operation::Get, get).await {
             Ok(()) => return absent,
@@ -517,7 +534,17 @@ impl Keys {
             Err(refusal) => refusal,
         };
         match refusal.error.class {
-            KmsClass::Deleted | KmsClass::Denied => not_found,
+            KmsClass::Deleted => not_found,
+            // No version is deleted but with its key, so what was there says that the key was deleted.
+            KmsClass::Denied if self.seen().contains(&version.to_ascii_lowercase()) => not_found,
+            KmsClass::Denied => {
+                let text = format!(
+                    "the vault does not have version {version} of {}, and whether the key was deleted or the record was \
+                     changed cannot be told without the right keys/read; grant it",
+                    self.id.key
+                );
+                unclassified(text)
+            }
             KmsClass::Disabled | KmsClass::Misconfigured => absent,
             _ => refusal.error,
         }
@@ -543,7 +570,7 @@ impl AsyncKeyWrapper for Keys {
                     pinned.unwrap_or_default()
                 );
                 let absent = KmsError::with_source(KmsClass::Misconfigured, text);
-                return Err(self.version_is_missing(refusal.error, absent).await);
+                return Err(self.version_is_missing(pinned.unwrap_or_default(), refusal.error, absent).await);
             }
             Err(refusal) => return Err(refusal.error),
         };
@@ -559,6 +586,7 @@ impl AsyncKeyWrapper for Keys {
                 format!("the service wrapped into {} bytes, which {} does not make", blob.len(), self.algorithm.name());
             return Err(unclassified(text));
         }
+        self.has_used(&key_version);
         Ok(WrappedKey { master_key: self.id(), key_version, blob })
     }
 
@@ -582,7 +610,7 @@ impl AsyncKeyWrapper for Keys {
             Ok(answer) => answer,
             Err(refusal) if refusal.detail == Detail::NotFound => {
                 let absent = bad(format!("the key {} has no version {version:?}", self.id.key));
-                return Err(self.version_is_missing(refusal.error, absent).await);
+                return Err(self.version_is_missing(version, refusal.error, absent).await);
             }
             Err(refusal) => return Err(refusal.error),
         };
@@ -591,6 +619,7 @@ impl AsyncKeyWrapper for Keys {
         if !unwrapped_by.eq_ignore_ascii_case(version) {
             return Err(unclassified(format!("the service unwrapped with version {unwrapped_by}, not with {version}")));
         }
+        self.has_used(version);
         if value.len() != PAYLOAD_LEN {
             return Err(bad(format!("it holds {} bytes, not the {PAYLOAD_LEN} of a key", value.len())));
         }

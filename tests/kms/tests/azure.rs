@@ -226,7 +226,7 @@ fn a_version_that_could_reach_another_path_is_refused_without_a_call() {
 #[test]
 fn a_version_that_does_not_exist_is_no_deletion_while_the_key_is_there() {
     type Change = fn(&FakeService);
-    let cases: [(&str, Change, KmsClass); 9] = [
+    let cases: [(&str, Change, KmsClass); 10] = [
         ("the key can be read", |_| {}, KmsClass::BadCiphertext),
         ("it is disabled", |service| service.fake.world().enable(KEY, false), KmsClass::BadCiphertext),
         ("it cannot be read, but wraps", |service| service.fake.world().may_read = false, KmsClass::BadCiphertext),
@@ -244,7 +244,16 @@ fn a_version_that_does_not_exist_is_no_deletion_while_the_key_is_there() {
                 service.fake.world().may_read = false;
                 service.fake.world().may_wrap = false;
             },
-            KmsClass::Deleted,
+            KmsClass::Unclassified,
+        ),
+        (
+            "nothing can be found out, and the key is deleted",
+            |service| {
+                service.fake.world().may_read = false;
+                service.fake.world().may_wrap = false;
+                service.fake.world().delete(KEY);
+            },
+            KmsClass::Unclassified,
         ),
         ("it was deleted", |service| service.fake.world().delete(KEY), KmsClass::Deleted),
         (
@@ -437,6 +446,24 @@ fn a_firewall_is_known_by_its_text_and_an_unknown_refusal_is_no_revocation() {
         let outcome = round_trip(service.azure());
         assert_eq!(class(&outcome), Some(expected), "{}", text(&outcome));
     }
+}
+
+#[test]
+fn a_deletion_is_told_without_the_right_to_read_keys_by_a_version_that_was_there() {
+    let outcome = unwrap_after(&rsa(), |service, _| {
+        service.fake.world().may_read = false;
+        service.fake.world().may_wrap = false;
+        service.fake.world().delete(KEY);
+    });
+    assert_eq!(class(&outcome), Some(KmsClass::Deleted), "{}", text(&outcome));
+    // A record that was changed is another thing, and says what would help.
+    let outcome = unwrap_after(&rsa(), |service, wrapped| {
+        service.fake.world().may_read = false;
+        service.fake.world().may_wrap = false;
+        wrapped.key_version = "0123456789abcdef0123456789abcdef".into();
+    });
+    assert_eq!(class(&outcome), Some(KmsClass::Unclassified), "{}", text(&outcome));
+    assert!(text(&outcome).contains("keys/read"), "{}", text(&outcome));
 }
 
 #[test]
