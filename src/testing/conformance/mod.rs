@@ -141,6 +141,20 @@ pub enum Fault {
     ProxyError,
 }
 
+impl Fault {
+    /// What a [`Front`] does for it; `answer` makes the service's own bytes for a call that is throttled or fails
+    /// ([`http_answer`]).
+    pub fn passage(self, answer: impl FnOnce(Self) -> Vec<u8>) -> Passage {
+        match self {
+            Self::None => Passage::Open,
+            Self::Refuse => Passage::Refuse,
+            Self::Reset => Passage::Reset,
+            Self::Hang => Passage::Hang,
+            Self::Throttle(_) | Self::ServerError | Self::ProxyError => Passage::Answer(answer(self)),
+        }
+    }
+}
+
 /// Why a service cannot do what the suite wants.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Cannot(String);

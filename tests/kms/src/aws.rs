@@ -7,10 +7,11 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pageseal::testing::conformance::{Behaviour, Cannot, Fault, Front, KeyService, Passage, Step, http_answer};
+use pageseal::testing::conformance::{Behaviour, Cannot, Fault, Front, KeyService, Step, http_answer};
 use pageseal::{AwsCredentials, AwsKms, AwsKmsBuilder, KeyWrapper};
 use serde_json::{Value, json};
 
+use crate::http::proxy_error;
 use crate::server::{Server, tools, wait_until};
 
 /// What ministack does otherwise than AWS.
@@ -226,28 +227,19 @@ impl KeyService for Emulator {
     }
 
     fn inflict(&self, fault: Fault) -> Result<(), Cannot> {
-        self.front.set(match fault {
-            Fault::None => Passage::Open,
-            Fault::Refuse => Passage::Refuse,
-            Fault::Reset => Passage::Reset,
-            Fault::Hang => Passage::Hang,
+        let json = ("Content-Type", "application/x-amz-json-1.1");
+        self.front.set(fault.passage(|fault| match fault {
             Fault::Throttle(after) => {
                 let body = json!({ "__type": "ThrottlingException", "message": "Rate exceeded" });
-                let headers =
-                    [("Content-Type", "application/x-amz-json-1.1"), ("Retry-After", &after.as_secs().to_string())];
-                Passage::Answer(http_answer("400 Bad Request", &headers, &body.to_string()))
+                let headers = [json, ("Retry-After", &after.as_secs().to_string())];
+                http_answer("400 Bad Request", &headers, &body.to_string())
             }
             Fault::ServerError => {
                 let body = json!({ "__type": "KMSInternalException", "message": "internal" });
-                let headers = [("Content-Type", "application/x-amz-json-1.1")];
-                Passage::Answer(http_answer("500 Internal Server Error", &headers, &body.to_string()))
+                http_answer("500 Internal Server Error", &[json], &body.to_string())
             }
-            Fault::ProxyError => {
-                let body = "<html><body><h1>503 Service Unavailable</h1></body></html>";
-                Passage::Answer(http_answer("503 Service Unavailable", &[("Content-Type", "text/html")], body))
-            }
-            _ => return Err(Cannot::new("there is no such fault here")),
-        });
+            _ => proxy_error(),
+        }));
         Ok(())
     }
 

@@ -3,7 +3,7 @@
 #[path = "azure_fake.rs"]
 pub mod fake;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use pageseal::testing::conformance::{Cannot, Fault, Front, KeyService, Passage, Step};
@@ -49,7 +49,6 @@ pub struct FakeService {
     pub front: Front,
     kind: Kind,
     wrapper: AzureKeyVault,
-    passage: Mutex<Passage>,
 }
 
 impl FakeService {
@@ -59,7 +58,7 @@ impl FakeService {
         let front = Front::before(fake.address()).expect("there are free ports");
         fake.world().host = front.address().to_string();
         let wrapper = builder(&fake, &front, kind, KEY).build().expect("the settings are in order");
-        Self { fake, front, kind, wrapper, passage: Mutex::new(Passage::Open) }
+        Self { fake, front, kind, wrapper }
     }
 
     /// The settings of a wrapper for one of its keys, with a client secret.
@@ -122,28 +121,22 @@ impl KeyService for FakeService {
     }
 
     fn inflict(&self, fault: Fault) -> Result<(), Cannot> {
-        let (passage, says) = match fault {
-            Fault::None => (Passage::Open, None),
-            Fault::Refuse => (Passage::Refuse, None),
-            Fault::Reset => (Passage::Reset, None),
-            Fault::Hang => (Passage::Hang, None),
-            Fault::Throttle(after) => (Passage::Open, Some(throttled(after))),
+        // What it answers, it must say itself: the front cannot look into TLS.
+        self.fake.world().vault_says = match fault {
+            Fault::Throttle(after) => Some(throttled(after)),
             Fault::ServerError => {
-                let body = include_str!("../bodies/azure/internal.json");
-                (Passage::Open, Some(Answer::json("500 Internal Server Error", body)))
+                Some(Answer::json("500 Internal Server Error", include_str!("../bodies/azure/internal.json")))
             }
             Fault::ProxyError => {
                 let answer = Answer::json("503 Service Unavailable", include_str!("../bodies/azure/proxy.html"));
-                (Passage::Open, Some(answer.header("Content-Type", "text/html")))
+                Some(answer.header("Content-Type", "text/html"))
             }
-            _ => return Err(Cannot::new("this fake does not know the fault")),
+            _ => None,
         };
-        self.fake.world().vault_says = says;
-        let mut before = self.passage.lock().unwrap_or_else(PoisonError::into_inner);
-        // A change closes every connection, which is a fault of its own.
-        if std::mem::replace(&mut *before, passage.clone()) != passage {
-            self.front.set(passage);
-        }
+        self.front.set(match fault.passage(|_| Vec::new()) {
+            Passage::Answer(_) => Passage::Open,
+            passage => passage,
+        });
         Ok(())
     }
 }

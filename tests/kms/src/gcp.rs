@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use pageseal::testing::conformance::{Cannot, Fault, Front, KeyService, Passage, Step, http_answer};
+use pageseal::testing::conformance::{Cannot, Fault, Front, KeyService, Step, http_answer};
 use pageseal::{GoogleCredentials, GoogleKms, KeyWrapper};
 
 use crate::gcp_fake::{FakeCloudKms, GOOD_TOKEN, KEY, OTHER_KEY, VersionState, body};
@@ -92,28 +92,14 @@ impl KeyService for Fake {
 
     fn inflict(&self, fault: Fault) -> Result<(), Cannot> {
         let json = ("Content-Type", "application/json; charset=UTF-8");
-        self.front.set(match fault {
-            Fault::None => Passage::Open,
-            Fault::Refuse => Passage::Refuse,
-            Fault::Reset => Passage::Reset,
-            Fault::Hang => Passage::Hang,
+        self.front.set(fault.passage(|fault| match fault {
             Fault::Throttle(after) => {
-                let after = after.as_secs().to_string();
-                Passage::Answer(http_answer(
-                    "429 Too Many Requests",
-                    &[json, ("Retry-After", &after)],
-                    body("quota.json"),
-                ))
+                let headers = [json, ("Retry-After", &after.as_secs().to_string())];
+                http_answer("429 Too Many Requests", &headers, body("quota.json"))
             }
-            Fault::ServerError => {
-                Passage::Answer(http_answer("500 Internal Server Error", &[json], body("internal.json")))
-            }
-            Fault::ProxyError => {
-                let html = ("Content-Type", "text/html");
-                Passage::Answer(http_answer("503 Service Unavailable", &[html], body("proxy_502.html")))
-            }
-            _ => return Err(Cannot::new("the fake has no such fault")),
-        });
+            Fault::ServerError => http_answer("500 Internal Server Error", &[json], body("internal.json")),
+            _ => http_answer("503 Service Unavailable", &[("Content-Type", "text/html")], body("proxy_502.html")),
+        }));
         Ok(())
     }
 }

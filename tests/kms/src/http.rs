@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
 
+use pageseal::testing::conformance::http_answer;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{ServerConfig, ServerConnection, StreamOwned};
 
@@ -67,6 +68,12 @@ impl Answer {
 pub struct HttpServer {
     address: SocketAddr,
     certificate: Option<PathBuf>,
+}
+
+/// The page of HTML that proxies and load balancers send for a service that is down, as bytes.
+pub fn proxy_error() -> Vec<u8> {
+    let body = "<html><body><h1>503 Service Unavailable</h1></body></html>";
+    http_answer("503 Service Unavailable", &[("Content-Type", "text/html")], body)
 }
 
 type Handler = dyn Fn(&Request) -> Answer + Send + Sync;

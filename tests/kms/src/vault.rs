@@ -5,10 +5,11 @@ use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use pageseal::testing::conformance::{Cannot, Fault, Front, KeyService, Passage, Step, http_answer};
+use pageseal::testing::conformance::{Cannot, Fault, Front, KeyService, Step, http_answer};
 use pageseal::{KeyWrapper, VaultAuth, VaultTransit};
 use serde_json::{Value, json};
 
+use crate::http::proxy_error;
 use crate::server::{Server, tools, wait_until};
 
 /// The master key's name at the server.
@@ -242,25 +243,15 @@ impl KeyService for OpenBao {
 
     fn inflict(&self, fault: Fault) -> Result<(), Cannot> {
         let errors = |text: &str| json!({ "errors": [text] }).to_string();
-        self.front.set(match fault {
-            Fault::None => Passage::Open,
-            Fault::Refuse => Passage::Refuse,
-            Fault::Reset => Passage::Reset,
-            Fault::Hang => Passage::Hang,
+        self.front.set(fault.passage(|fault| match fault {
             Fault::Throttle(after) => {
                 let after = after.as_secs().to_string();
                 let body = errors("request path \"transit/decrypt/pageseal\": rate limit quota exceeded");
-                Passage::Answer(http_answer("429 Too Many Requests", &[("Retry-After", &after)], &body))
+                http_answer("429 Too Many Requests", &[("Retry-After", &after)], &body)
             }
-            Fault::ServerError => {
-                Passage::Answer(http_answer("503 Service Unavailable", &[], &errors("Vault is sealed")))
-            }
-            Fault::ProxyError => {
-                let html = "<html><body><h1>503 Service Unavailable</h1></body></html>";
-                Passage::Answer(http_answer("503 Service Unavailable", &[("Content-Type", "text/html")], html))
-            }
-            fault => return Err(Cannot::new(format!("{fault:?} is not known here"))),
-        });
+            Fault::ServerError => http_answer("503 Service Unavailable", &[], &errors("Vault is sealed")),
+            _ => proxy_error(),
+        }));
         Ok(())
     }
 }
