@@ -2,12 +2,12 @@
 
 mod failure;
 mod key;
+mod record;
+mod settings;
 mod transport;
 
-use std::collections::HashMap;
 use std::fmt;
 use std::future::Future;
-use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -22,23 +22,21 @@ use aws_sdk_kms::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_kms::primitives::Blob;
 use aws_sdk_kms::types::KeyState;
 
-use crate::error::{Error, ErrorKind, KmsClass, KmsError, Result};
-use crate::format::wrapped::Purpose;
+use crate::error::{KmsClass, KmsError, Result};
 use crate::ids::MasterKeyId;
 use crate::keys::wrapper::{KeyWrapper, WrapContext, WrappedKey};
 use crate::kms::asynchronous::{AsyncKeyWrapper, FromAsync};
 use crate::secret::KeyPayload;
 use failure::{Failure, Reason, judge_state};
-use key::{KeyArn, KeyName, is_region};
-use transport::{Guarded, Watch, Watched, endpoint_is_sound, https_client};
+use key::{KeyArn, KeyName};
+use record::{bad, encryption_context, framed, recorded};
+use transport::{Guarded, Watch, Watched};
+
+pub use settings::{AwsCredentials, AwsKmsBuilder};
 
 const PROVIDER: &str = "aws-kms";
-/// What a keystore stores; of AWS's ciphertexts, which have about 300 bytes, it is less than AWS takes (6,144).
-const LONGEST_BLOB: usize = 4096;
 /// So many keys are remembered: an alias rarely moves.
 const MOST_KNOWN: usize = 64;
-/// The first byte of every blob.
-const BLOB_FORMAT: u8 = 1;
 /// How much earlier than its deadline a call ends by itself, to say what it was waiting for.
 const MARGIN: Duration = Duration::from_millis(10);
 /// The SDK's own limit for loading credentials, beyond any deadline: ours ends the call.
@@ -110,15 +108,7 @@ impl AwsKms {
     /// Names the master key: see the table above. What else is not set comes from where every AWS program takes it (the
     /// environment and `~/.aws/config`), among it the region, unless the key's ARN gives it.
     pub fn builder(key: impl Into<String>) -> AwsKmsBuilder {
-        AwsKmsBuilder {
-            key: key.into(),
-            region: None,
-            endpoint_url: None,
-            credentials: None,
-            profile: None,
-            ca_file: None,
-            plain_http: false,
-        }
+        AwsKmsBuilder::new(key.into())
     }
 
     /// The master key that the environment names.
@@ -133,51 +123,16 @@ impl AwsKms {
     /// | `AWS_PROFILE`, `AWS_CONFIG_FILE`, `AWS_SHARED_CREDENTIALS_FILE`, `AWS_ROLE_ARN`, ... | as for every AWS SDK |
     ///
     /// # Errors
-    /// [`ErrorKind::Misconfigured`] names the variable that is missing or wrong.
+    /// [`Misconfigured`](crate::ErrorKind::Misconfigured) names the variable that is missing or wrong.
     pub fn from_env() -> Result<Self> {
         Self::from_lookup(|name| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned()))
-    }
-
-    fn from_lookup(lookup: impl Fn(&str) -> Option<String>) -> Result<Self> {
-        let set = |name: &str| lookup(name).filter(|value| !value.is_empty());
-        let Some(key) = set("PAGESEAL_AWS_KEY") else {
-            return Err(misconfigured(
-                "PAGESEAL_AWS_KEY is not set: it names the master key, for example \
-                 PAGESEAL_AWS_KEY=arn:aws:kms:eu-west-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab",
-            ));
-        };
-        KeyName::parse(&key).map_err(|why| misconfigured(format!("PAGESEAL_AWS_KEY, {key:?}, {why}")))?;
-        for name in ["AWS_REGION", "AWS_DEFAULT_REGION"] {
-            if let Some(region) = set(name).filter(|region| !is_region(region)) {
-                return Err(misconfigured(format!("{name} is {region:?}, which is no region; for example eu-west-1")));
-            }
-        }
-        let ids = ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"];
-        if let [Some(_), None] | [None, Some(_)] = ids.map(set) {
-            return Err(misconfigured(format!(
-                "of {} and {}, one is set without the other; set both or none",
-                ids[0], ids[1]
-            )));
-        }
-        for name in ["AWS_ENDPOINT_URL_KMS", "AWS_ENDPOINT_URL"] {
-            if let Some(url) = set(name) {
-                endpoint_is_sound(&url, false).map_err(|why| misconfigured(format!("{name} {why}")))?;
-                break;
-            }
-        }
-        let mut builder = Self::builder(key);
-        if let Some(path) = set("AWS_CA_BUNDLE") {
-            https_client_of(Some(Path::new(&path))).map_err(|why| misconfigured(format!("AWS_CA_BUNDLE: {why}")))?;
-            builder = builder.ca_file(path);
-        }
-        builder.build()
     }
 
     /// Puts other credentials in the place of those in use, whatever their source was; the next call uses them. All clones
     /// of this wrapper do.
     ///
     /// # Errors
-    /// [`ErrorKind::Misconfigured`] if they cannot be credentials; nothing is changed then.
+    /// [`Misconfigured`](crate::ErrorKind::Misconfigured) if they cannot be credentials; nothing is changed then.
     pub fn replace_credentials(&self, credentials: AwsCredentials) -> Result<()> {
         credentials.validate()?;
         let mut state = self.0.get_ref().state();
@@ -199,190 +154,7 @@ impl fmt::Debug for AwsKms {
     }
 }
 
-/// All calls go to the one inside.
-impl KeyWrapper for AwsKms {
-    fn id(&self) -> MasterKeyId {
-        self.0.id()
-    }
-
-    fn wrap_key(&self, key: &KeyPayload, cx: &WrapContext<'_>) -> Result<WrappedKey, KmsError> {
-        self.0.wrap_key(key, cx)
-    }
-
-    fn unwrap_key(&self, key: &WrappedKey, cx: &WrapContext<'_>) -> Result<KeyPayload, KmsError> {
-        self.0.unwrap_key(key, cx)
-    }
-
-    fn rewrap_key(&self, key: &WrappedKey, cx: &WrapContext<'_>) -> Result<WrappedKey, KmsError> {
-        self.0.rewrap_key(key, cx)
-    }
-
-    fn can_rewrap(&self, key: &WrappedKey) -> bool {
-        self.0.can_rewrap(key)
-    }
-
-    fn check(&self, probe: &WrappedKey, cx: &WrapContext<'_>) -> Result<(), KmsError> {
-        self.0.check(probe, cx)
-    }
-}
-
-/// Credentials that were given: an access key of an IAM user, or temporary ones with a session token. Wiped on drop.
-#[derive(Clone)]
-pub struct AwsCredentials(Credentials);
-
-impl AwsCredentials {
-    /// An access key id (20 characters, `AKIA...` or `ASIA...`) and its secret (40 characters).
-    pub fn new(access_key_id: impl Into<String>, secret_access_key: impl Into<String>) -> Self {
-        Self(Credentials::new(access_key_id, secret_access_key, None, None, PROVIDER))
-    }
-
-    /// The same with the session token that came with temporary credentials.
-    pub fn session_token(self, token: impl Into<String>) -> Self {
-        let (id, secret) = (self.0.access_key_id(), self.0.secret_access_key());
-        Self(Credentials::new(id, secret, Some(token.into()), None, PROVIDER))
-    }
-
-    fn validate(&self) -> Result<()> {
-        let parts = [
-            ("access key id", Some(self.0.access_key_id())),
-            ("secret access key", Some(self.0.secret_access_key())),
-            ("session token", self.0.session_token()),
-        ];
-        for (what, part) in parts.into_iter().filter_map(|(what, part)| Some((what, part?))) {
-            if part.is_empty() {
-                return Err(misconfigured(format!("the {what} of the AWS credentials is empty")));
-            }
-            if !part.bytes().all(|byte| byte.is_ascii_graphic()) {
-                let text =
-                    format!("the {what} of the AWS credentials has a space, a line end or another odd character in it");
-                return Err(misconfigured(text));
-            }
-        }
-        Ok(())
-    }
-}
-
-impl fmt::Debug for AwsCredentials {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("AwsCredentials").finish_non_exhaustive()
-    }
-}
-
-/// Settings of an [`AwsKms`].
-#[derive(Clone, Debug)]
-#[must_use]
-pub struct AwsKmsBuilder {
-    key: String,
-    region: Option<String>,
-    endpoint_url: Option<String>,
-    credentials: Option<AwsCredentials>,
-    profile: Option<String>,
-    ca_file: Option<PathBuf>,
-    plain_http: bool,
-}
-
-impl AwsKmsBuilder {
-    /// The region of the key (`eu-west-1`). Not needed where the key's ARN gives it, and must then be the same.
-    pub fn region(mut self, region: impl Into<String>) -> Self {
-        self.region = Some(region.into());
-        self
-    }
-
-    /// Another endpoint than the region's public one: a VPC endpoint, FIPS, an emulator.
-    pub fn endpoint_url(mut self, url: impl Into<String>) -> Self {
-        self.endpoint_url = Some(url.into());
-        self
-    }
-
-    /// These credentials, instead of those of the default chain.
-    pub fn credentials(mut self, credentials: AwsCredentials) -> Self {
-        self.credentials = Some(credentials);
-        self
-    }
-
-    /// This profile of `~/.aws/config` and `~/.aws/credentials`, instead of the one that `AWS_PROFILE` names.
-    pub fn profile(mut self, name: impl Into<String>) -> Self {
-        self.profile = Some(name.into());
-        self
-    }
-
-    /// Trusts the certificate authorities in this PEM file, beside the system's. It is read by [`AwsKmsBuilder::build`].
-    pub fn ca_file(mut self, path: impl Into<PathBuf>) -> Self {
-        self.ca_file = Some(path.into());
-        self
-    }
-
-    /// Takes an endpoint with `http://` that is not on this machine. **Keys then cross the network in the clear**: for
-    /// emulators in containers only.
-    pub fn allow_plain_http(mut self) -> Self {
-        self.plain_http = true;
-        self
-    }
-
-    /// Makes the wrapper. No call is made, and no credentials are looked for, before the first use.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Misconfigured`] says which setting cannot work, and why.
-    pub fn build(self) -> Result<AwsKms> {
-        let key =
-            KeyName::parse(&self.key).map_err(|why| misconfigured(format!("the AWS KMS key {:?} {why}", self.key)))?;
-        if let Some(region) = &self.region {
-            if !is_region(region) {
-                return Err(misconfigured(format!("the AWS region {region:?} is none; for example eu-west-1")));
-            }
-            if let Some(own) = key.region().filter(|own| own != region) {
-                return Err(misconfigured(format!(
-                    "the AWS KMS key {:?} is in the region {own}, and the region is set to {region}; leave the region away, or \
-                     name the key there",
-                    self.key
-                )));
-            }
-        }
-        if let Some(url) = &self.endpoint_url {
-            endpoint_is_sound(url, self.plain_http)
-                .map_err(|why| misconfigured(format!("the AWS KMS endpoint {why}")))?;
-        }
-        if self.profile.as_deref() == Some("") {
-            return Err(misconfigured("the name of the AWS profile is empty"));
-        }
-        if let Some(credentials) = &self.credentials {
-            credentials.validate()?;
-        }
-        let https = https_client_of(self.ca_file.as_deref()).map_err(misconfigured)?;
-        let region = self.region.or_else(|| key.region().map(str::to_owned));
-        let state = State {
-            credentials: self.credentials.map(|credentials| credentials.0),
-            connected: None,
-            epoch: 0,
-            replaced: 0,
-            known: Vec::new(),
-        };
-        let service = Service {
-            key,
-            region,
-            endpoint_url: self.endpoint_url,
-            profile: self.profile,
-            guarded: Guarded::new(https.clone(), self.plain_http),
-            https,
-            watch: Arc::default(),
-            state: Mutex::new(state),
-        };
-        Ok(AwsKms(Arc::new(FromAsync::new(service))))
-    }
-}
-
-fn misconfigured(text: impl Into<String>) -> Error {
-    Error::new(ErrorKind::Misconfigured, text)
-}
-
-fn https_client_of(ca_file: Option<&Path>) -> Result<SharedHttpClient, String> {
-    let Some(path) = ca_file else {
-        return https_client(None);
-    };
-    let named = |why: String| format!("the file of certificate authorities {} {why}", path.display());
-    let pem = std::fs::read(path).map_err(|error| named(format!("cannot be read: {error}")))?;
-    https_client(Some(&pem)).map_err(named)
-}
+forward_key_wrapper!(AwsKms, 0);
 
 /// One master key.
 struct Service {
@@ -841,54 +613,6 @@ impl zeroize::Zeroize for WipedVec {
 
 fn millis(took: Duration) -> u64 {
     took.as_millis().try_into().unwrap_or(u64::MAX)
-}
-
-fn bad(text: String) -> KmsError {
-    KmsError::with_source(KmsClass::BadCiphertext, text)
-}
-
-/// A blob: see [`AwsKms`]. `None` if it does not fit.
-fn framed(arn: &KeyArn, ciphertext: &[u8]) -> Option<Vec<u8>> {
-    let arn = arn.to_string();
-    let blob = [&[BLOB_FORMAT, u8::try_from(arn.len()).ok()?], arn.as_bytes(), ciphertext].concat();
-    (!ciphertext.is_empty() && blob.len() <= LONGEST_BLOB).then_some(blob)
-}
-
-/// The ARN of the key that wrapped it, checked before it is sent anywhere, and AWS's ciphertext.
-fn recorded(key: &WrappedKey) -> Result<(KeyArn, &[u8]), KmsError> {
-    if !key.key_version.is_empty() {
-        return Err(bad("the record names a version of the key, and AWS KMS names none".into()));
-    }
-    let parts = match key.blob.as_slice() {
-        [BLOB_FORMAT, length, rest @ ..] if key.blob.len() <= LONGEST_BLOB => {
-            rest.split_at_checked(usize::from(*length))
-        }
-        _ => None,
-    };
-    let arn = parts.and_then(|(arn, _)| KeyArn::parse(std::str::from_utf8(arn).ok()?));
-    match (arn, parts) {
-        (Some(arn), Some((_, ciphertext @ [_, ..]))) => Ok((arn, ciphertext)),
-        _ => Err(bad(format!("its {} bytes are not those of a key wrapped by AWS KMS", key.blob.len()))),
-    }
-}
-
-/// What a key is bound to, as AWS KMS takes it: part of the format, see [`AwsKms`].
-fn encryption_context(cx: &WrapContext<'_>) -> HashMap<String, String> {
-    let purpose = match cx.purpose {
-        Purpose::Data => "data",
-        Purpose::Cluster => "cluster",
-        Purpose::Probe => "probe",
-    };
-    let mut context = HashMap::from([
-        ("pageseal:version".to_owned(), "1".to_owned()),
-        ("pageseal:purpose".to_owned(), purpose.to_owned()),
-        ("pageseal:cluster".to_owned(), cx.cluster.to_string()),
-        ("pageseal:generation".to_owned(), cx.generation.to_string()),
-    ]);
-    if let Some(database) = cx.database {
-        context.insert("pageseal:database".to_owned(), database.to_string());
-    }
-    context
 }
 
 #[cfg(test)]

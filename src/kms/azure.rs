@@ -660,35 +660,7 @@ fn unclassified(text: impl Into<String>) -> KmsError {
     KmsError::with_source(KmsClass::Unclassified, text.into())
 }
 
-impl KeyWrapper for AzureKeyVault {
-    fn id(&self) -> MasterKeyId {
-        self.keys.id()
-    }
-
-    fn wrap_key(&self, key: &KeyPayload, cx: &WrapContext<'_>) -> Result<WrappedKey, KmsError> {
-        self.keys.wrap_key(key, cx)
-    }
-
-    fn unwrap_key(&self, key: &WrappedKey, cx: &WrapContext<'_>) -> Result<KeyPayload, KmsError> {
-        self.keys.unwrap_key(key, cx)
-    }
-
-    fn rewrap_key(&self, key: &WrappedKey, cx: &WrapContext<'_>) -> Result<WrappedKey, KmsError> {
-        self.keys.rewrap_key(key, cx)
-    }
-
-    fn can_rewrap(&self, key: &WrappedKey) -> bool {
-        self.keys.can_rewrap(key)
-    }
-
-    fn check(&self, probe: &WrappedKey, cx: &WrapContext<'_>) -> Result<(), KmsError> {
-        self.keys.check(probe, cx)
-    }
-
-    fn wrapping_is_public(&self) -> bool {
-        self.keys.wrapping_is_public()
-    }
-}
+forward_key_wrapper!(AzureKeyVault, keys);
 
 impl fmt::Debug for AzureKeyVault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -150,31 +150,7 @@ impl fmt::Debug for GoogleKms {
     }
 }
 
-impl KeyWrapper for GoogleKms {
-    fn id(&self) -> MasterKeyId {
-        self.0.id()
-    }
-
-    fn wrap_key(&self, key: &KeyPayload, cx: &WrapContext<'_>) -> Result<WrappedKey, KmsError> {
-        self.0.wrap_key(key, cx)
-    }
-
-    fn unwrap_key(&self, key: &WrappedKey, cx: &WrapContext<'_>) -> Result<KeyPayload, KmsError> {
-        self.0.unwrap_key(key, cx)
-    }
-
-    fn rewrap_key(&self, key: &WrappedKey, cx: &WrapContext<'_>) -> Result<WrappedKey, KmsError> {
-        self.0.rewrap_key(key, cx)
-    }
-
-    fn can_rewrap(&self, key: &WrappedKey) -> bool {
-        self.0.can_rewrap(key)
-    }
-
-    fn check(&self, probe: &WrappedKey, cx: &WrapContext<'_>) -> Result<(), KmsError> {
-        self.0.check(probe, cx)
-    }
-}
+forward_key_wrapper!(GoogleKms, 0);
 
 /// What a [`GoogleKms`] is made of.
 #[derive(Clone, Debug)]

@@ -1,6 +1,11 @@
 //! The settings, and what is sent.
 
+use std::collections::HashMap;
+
+use super::record::LONGEST_BLOB;
 use super::*;
+use crate::error::ErrorKind;
+use crate::format::wrapped::Purpose;
 use crate::ids::{ClusterId, DatabaseId, Generation};
 
 const ARN: &str = "arn:aws:kms:eu-west-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab";
